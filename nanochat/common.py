@@ -1,0 +1,171 @@
+"""What every program shares: where artifacts live, user errors, the process group, atomic files.
+
+The base directory is $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. A program is a script with
+`parse_args` and `main`; `run_script` turns a user's mistake into one sentence and exit code 2.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kernels import KernelError
+
+SEED = 42
+
+
+class UserError(Exception):
+    """A mistake the user can repair. The message is one sentence: the thing, the rule, the value."""
+
+
+def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable) -> None:
+    """Run `main(parse_args())`; a UserError or KernelError becomes `error: ...` on stderr and exit code 2."""
+    args = parse_args()
+    try:
+        main(args)
+    except (UserError, KernelError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def base_dir() -> Path:
+    """Return the folder of all artifacts, created on first use."""
+    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"NANOCHAT_BASE_DIR must be a folder that can be written, got {folder} "
+                        f"({error.strerror})") from error
+    return folder
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `path` so that a reader, or a run after a power loss, sees the old or the new content whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = data.encode("utf-8") if isinstance(data, str) else data
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files private; these are ordinary artifacts
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- the run: device, ranks, seeds ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes and which of the world's ranks it is."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """Peak memory of this process in bytes: the allocator's on a GPU, resident memory on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce `tensor` in place over all ranks ("sum" or "max"); a no-op alone."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        return tensor
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device for "auto", "cpu", "cuda" or "cuda:N"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name} needs a CUDA GPU that torch can see, found none")
+    return device
+
+
+def init_runtime(device: str = "auto", *, seed: int = SEED, timeout_s: int = 600) -> Runtime:
+    """Seed, pick the device and join torchrun's process group when there is one.
+
+    Ranks on GPUs talk over NCCL, ranks on CPU over gloo; a dead or hung peer ends the job after `timeout_s`.
+    """
+    picked = pick_device(device)
+    torch.manual_seed(seed)
+    if picked.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Runtime(picked)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE={world_size} needs torchrun's variables, {', '.join(missing)} not set")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if picked.type == "cuda":
+        picked = torch.device("cuda", local_rank)
+        torch.cuda.set_device(picked)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=timeout_s))
+    return Runtime(picked, rank, world_size)
+
+
+def close_runtime() -> None:
+    """Leave the process group, if this process joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print0(*values, **kwargs) -> None:
+    """Print on rank 0 only, flushed so that a log file shows progress."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*values, flush=True, **kwargs)
+
+
+def human_bytes(n: float) -> str:
+    """Return n bytes as "1.5 GiB", "12 MiB" and so on."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit in ("B", "KiB") else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
