@@ -1,0 +1,171 @@
+#!/usr/bin/env bash
+# Make .venv ready: python packages, torch, triton and our rustbpe. Safe to run at any time, from any directory.
+#
+#     bash scripts/setup.sh          # does what is missing; milliseconds when nothing changed
+#     PYTHON=python3.12 bash scripts/setup.sh
+#
+# Packages come from scripts/requirements.lock, exact and hashed. torch and triton are ranges: a torch that the
+# chosen python already has is used as it is, and plain pip means that a pip configuration has its say.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=.venv/.setup-stamp
+py=.venv/bin/python
+
+say() { echo "setup: $*"; }
+die() { echo "error: $*" >&2; exit 2; }
+
+# Everything that decides what .venv must hold, in one hash; starts no python and no cargo.
+state_hash() {
+    {
+        cat .venv/pyvenv.cfg 2>/dev/null || echo "no .venv"
+        find scripts/setup.sh scripts/requirements.lock pyproject.toml rustbpe -type f \
+            -not -path '*/target/*' -not -name Cargo.lock -not -name '*.so' -not -name '*.pyc' -print0 |
+            LC_ALL=C sort -z | xargs -0 sha256sum
+    } | sha256sum | cut -d' ' -f1
+}
+
+is_current() {
+    [ -x "$py" ] && [ -f "$stamp" ] && [ "$(<"$stamp")" = "$(state_hash)" ] && ! asks_for_another_python
+}
+
+# Only an explicit $PYTHON can differ from the python that .venv was made with.
+asks_for_another_python() {
+    [ -n "${PYTHON:-}" ] || return 1
+    local real='import os, sys; print(os.path.realpath(sys.executable), sys.version_info[:3])'
+    [ "$("$PYTHON" -c "$real" 2>/dev/null)" != "$("$py" -c "$real" 2>/dev/null)" ]
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "${PYTHON:+PYTHON=$PYTHON is not one: }Python 3.11, 3.12 or 3.13 is needed;" \
+        "install one (Debian and Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3"
+}
+
+find_cargo() {
+    [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ] && PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+    command -v cargo >/dev/null ||
+        die "cargo was not found and rustbpe is written in Rust; install it as rustup.rs tells (no root needed)," \
+            "then run this again"
+    command -v cc >/dev/null ||
+        die "a C linker (cc) was not found and Rust needs one; install gcc (Debian and Ubuntu: apt install gcc)"
+}
+
+# Version of torch as a python sees it, without the seconds of importing it; nothing when absent or older than 2.9.
+torch_of() {
+    "$1" - <<'PY'
+import re
+from importlib.metadata import PackageNotFoundError, version
+try:
+    found = version("torch")
+except PackageNotFoundError:
+    found = "0.0"
+if tuple(map(int, re.findall(r"\d+", found)[:2])) >= (2, 9):
+    print(found)
+PY
+}
+
+make_venv() {
+    local base=$1
+    if [ -x "$py" ] && "$py" -c 'import pip' 2>/dev/null && ! asks_for_another_python; then
+        return
+    fi
+    "$base" -c 'import ensurepip, venv' 2>/dev/null ||
+        die "$base has no venv module; install it (Debian and Ubuntu: apt install python3-venv)"
+    say "making .venv with $("$base" --version)"
+    find .venv -mindepth 1 -maxdepth 1 ! -name .setup-lock -exec rm -rf {} +
+    if [ -n "$(torch_of "$base")" ]; then
+        say "using the torch $(torch_of "$base") that $base provides"
+        "$base" -m venv --system-site-packages .venv
+        lend_packages "$base"
+    else
+        "$base" -m venv .venv
+    fi
+}
+
+# --system-site-packages shows what the real interpreter has; when $base is itself a virtual environment, its own
+# packages stay hidden without this line.
+lend_packages() {
+    "$1" -c 'import sys, sysconfig; sys.prefix != sys.base_prefix and print(sysconfig.get_path("purelib"))' |
+        sed '/^$/d' >"$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+}
+
+pip_install() {
+    local what=$1 output=--quiet
+    shift
+    [ -t 1 ] && output=--progress-bar=on
+    say "installing $what"
+    "$py" -m pip install --disable-pip-version-check "$output" "$@" ||
+        die "pip could not install $what (its own words are above); this step needs a network or a package cache," \
+            "and running it again goes on from here"
+}
+
+install_packages() {
+    pip_install "the packages of scripts/requirements.lock" --require-hashes -r scripts/requirements.lock
+    if [ -z "$(torch_of "$py")" ]; then
+        pip_install "torch and triton (about 3 GB with CUDA: minutes)" "torch>=2.9"
+    fi
+    # the CUDA builds of torch bring triton; the CPU builds do not, and our kernels are tested in its interpreter
+    if ! "$py" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'; then
+        pip_install triton "triton>=3.5"
+    fi
+}
+
+build_rustbpe() {
+    say "building rustbpe (release)"
+    # CONDA_PREFIX beside VIRTUAL_ENV is refused by maturin; the lock (fd 9) must not pass to a compiler cache daemon
+    env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/.venv" "$py" -m maturin develop --release --quiet \
+        -m rustbpe/Cargo.toml 9>&- ||
+        die "rustbpe did not build with $(cargo --version) (the compiler's words are above);" \
+            "the first build needs a network, and an old cargo is renewed by: rustup update"
+}
+
+check_imports() {
+    "$py" - <<'PY' || die "the packages are installed but do not work (see above); remove .venv and run this again"
+import sys
+from pathlib import Path
+
+import numpy, pyarrow, torch, triton, rustbpe
+
+# the source folder rustbpe/ imports as an empty package, and the package index has a rustbpe of another make
+home = getattr(rustbpe, "__file__", None)
+if home is None or Path(sys.prefix).resolve() not in Path(home).resolve().parents:
+    sys.exit(f"rustbpe comes from {home}, not from .venv")
+print(f"setup: python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}, numpy "
+      f"{numpy.__version__}, {torch.cuda.device_count()} GPUs")
+PY
+}
+
+case "${1:-}" in
+    --print-hash) state_hash; exit ;;
+    "") ;;
+    *) die "setup.sh takes no argument but --print-hash, not $1" ;;
+esac
+
+is_current && exit
+[ "$(uname -s)" = Linux ] || die "Linux is needed (this is $(uname -s)): triton has no build for anything else"
+find_cargo
+base=$(find_python)
+
+mkdir -p .venv
+exec 9>.venv/.setup-lock
+if ! flock --nonblock 9; then
+    say "waiting for another set-up of this checkout"
+    flock 9
+    is_current && exit
+fi
+rm -f "$stamp"
+make_venv "$base"
+target=$(state_hash)  # before the work: a source edited during it must not count as built
+install_packages
+build_rustbpe
+check_imports
+echo "$target" >"$stamp.new"
+mv "$stamp.new" "$stamp"
+say "done in $SECONDS s"

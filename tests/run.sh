@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The test command: set up, lint, test the Rust core, test the rest.
+#
+#     bash tests/run.sh                          # what holds on two CPU cores, in minutes
+#     bash tests/run.sh --slow                   # and what takes longer
+#     bash tests/run.sh -m gpu                   # on a machine with a GPU; anything else goes to pytest as well
+#     bash tests/run.sh tests/test_gpt.py -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+which_tests="not slow and not gpu"
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --slow ]; then which_tests="not gpu"; else arguments+=("$argument"); fi
+done
+
+bash scripts/setup.sh
+PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+.venv/bin/python -m ruff check --quiet .
+cargo test --quiet --manifest-path rustbpe/core/Cargo.toml
+.venv/bin/python -m pytest -q --durations=10 -m "$which_tests" ${arguments[@]+"${arguments[@]}"}
