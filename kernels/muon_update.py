@@ -9,7 +9,6 @@ tensors: they change every step and must not recompile. Source: Keller Jordan's 
 
 import torch
 
-from kernels.newton_schulz import newton_schulz_eager
 from kernels.registry import Op, declare, register
 
 # N matrices in a bank, rows x cols each
@@ -18,7 +17,7 @@ from kernels.registry import Op, declare, register
 @register("muon_update", "eager", uses=("newton_schulz",))
 def muon_update_eager(params: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor],
                       lr: torch.Tensor, momentum: torch.Tensor, weight_decay: torch.Tensor,
-                      compute_dtype: torch.dtype, *, newton_schulz=newton_schulz_eager) -> None:
+                      compute_dtype: torch.dtype, *, newton_schulz) -> None:
     """Update banks params[i] (N_i, rows_i, cols_i) fp32 in place; buffers[i] of equal shape are updated too.
 
     All banks have the same shape up to transposition. Newton-Schulz runs in compute_dtype.

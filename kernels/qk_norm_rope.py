@@ -8,9 +8,9 @@ Source: nanochat (Nov 2025).
 """
 
 import torch
+import torch.nn.functional as F
 
-from kernels.registry import Op, declare, register
-from kernels.rms_norm import rms_norm_eager
+from kernels.registry import RMS_NORM_EPS, Op, declare, register
 
 # B batch, T tokens, H query heads, K kv heads, D head dim
 
@@ -29,7 +29,7 @@ def _rotate_then_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2), the same angle for every head
     x1, x2 = x.chunk(2, dim=-1)
     y = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-    return rms_norm_eager(y.to(x.dtype))
+    return F.rms_norm(y.to(x.dtype), (x.size(-1),), eps=RMS_NORM_EPS)
 
 
 def rotary_table(n_positions: int, head_dim: int, base: float = 10_000.0,

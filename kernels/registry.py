@@ -16,6 +16,8 @@ import torch
 
 from kernels.device import HAS_TRITON, interpreter_on, sm
 
+RMS_NORM_EPS = 1.1920929e-07  # fp32's epsilon in every dtype; torch's default in fp64 is 2.2e-16
+
 
 class KernelError(ValueError):
     """A request for kernels that cannot be met; the message is one sentence for the user."""

@@ -7,17 +7,14 @@ sum of squares accumulates in fp32 or wider. Source: nanochat (Nov 2025), arXiv 
 import torch
 import torch.nn.functional as F
 
-from kernels.registry import Op, declare, register
+from kernels.registry import RMS_NORM_EPS, Op, declare, register
 
 # B batch, T tokens, C model dim
-
-EPS = 1.1920929e-07
-
 
 @register("rms_norm", "eager")
 def rms_norm_eager(x: torch.Tensor) -> torch.Tensor:
     """Normalize x (..., C) over C; same shape and dtype."""
-    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_NORM_EPS)
 
 
 def _inputs(case, dtype, device, generator) -> dict:
