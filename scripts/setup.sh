@@ -48,11 +48,11 @@ find_python() {
         "install one (Debian and Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3"
 }
 
-find_cargo() {
+find_compiler() {
     [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ] && PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
-    command -v cargo >/dev/null ||
-        die "cargo was not found and rustbpe is written in Rust; install it as rustup.rs tells (no root needed)," \
-            "then run this again"
+    cargo --version >/dev/null 2>&1 ||
+        die "a cargo that works was not found and rustbpe is written in Rust; install it as https://rustup.rs tells" \
+            "(no root needed) or, if you have rustup, run: rustup default stable"
     command -v cc >/dev/null ||
         die "a C linker (cc) was not found and Rust needs one; install gcc (Debian and Ubuntu: apt install gcc)"
 }
@@ -150,7 +150,7 @@ esac
 
 is_current && exit
 [ "$(uname -s)" = Linux ] || die "Linux is needed (this is $(uname -s)): triton has no build for anything else"
-find_cargo
+find_compiler
 base=$(find_python)
 
 mkdir -p .venv
