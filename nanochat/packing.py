@@ -1,0 +1,184 @@
+"""Packing numbered documents into rows of fixed length, with a state that is numbers only; and a background thread.
+
+A stream numbers the documents of all epochs: number n is document n % N of epoch n // N. The packers hold a window of
+them and hand out rows; their state is the next number, the numbers in the window and counters, so a resumed run
+fetches and tokenizes only the window again and continues with exactly the same rows.
+"""
+
+import queue
+import threading
+import weakref
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+# 1,000 documents to choose from, as in nanochat; more hardly crops less (see tests and bench). Documents are
+# fetched in chunks so that one call to the tokenizer keeps all its threads busy.
+BUFFER_DOCUMENTS = 1000
+CHUNK_DOCUMENTS = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one row, (n,) int64 with n <= capacity, and which of them are trained on, (n,) bool or None for all."""
+
+    ids: np.ndarray
+    trained: np.ndarray | None = None
+
+    @property
+    def n_targets(self) -> int:
+        return len(self.ids) - 1 if self.trained is None else int(self.trained[1:].sum())
+
+
+class Stream(Protocol):
+    """Tokenized documents by stream number."""
+
+    def __len__(self) -> int: ...  # documents per epoch
+
+    def fetch(self, numbers: list[int]) -> list[Row]: ...  # whole, never empty
+
+
+class RowPacker:
+    """Fills rows of `capacity` tokens with documents: the one waiting longest first, then the largest that fits.
+
+    When none fits into the rest of a row, the shortest is cropped to fill it (`crop`) or the row ends there. A
+    document longer than a row is cropped to it. Every document is in exactly one row per epoch, within `buffer_size`
+    rows of being read; the window runs empty at the end of an epoch before the next begins.
+    """
+
+    def __init__(self, stream: Stream, capacity: int, *, crop: bool, state: dict | None = None,
+                 buffer_size: int = BUFFER_DOCUMENTS, chunk: int = CHUNK_DOCUMENTS):
+        self._stream, self._capacity, self._crop = stream, capacity, crop
+        self._buffer_size, self._chunk = buffer_size, min(chunk, buffer_size)
+        state = state or {"next": 0, "buffer": [], "counters": _zero_counters()}
+        self._next: int = state["next"]
+        self._counters = dict(state["counters"])
+        self._window: dict[int, tuple[np.ndarray, int]] = {}  # number -> tokens to use, tokens there were
+        self._by_length: list[tuple[int, int]] = []  # (tokens to use, -number): among equals the oldest is last
+        self._add(state["buffer"])
+
+    def state_dict(self) -> dict:
+        return {"next": self._next, "buffer": list(self._window), "counters": dict(self._counters)}
+
+    def next_row(self) -> Row:
+        pieces: list[np.ndarray] = []
+        room = self._capacity
+        while room:
+            self._refill()
+            number = self._choose(room) if pieces else next(iter(self._window))
+            if number is None:
+                break
+            pieces.append(self._take(number)[:room])
+            room -= len(pieces[-1])
+        row = Row(np.concatenate(pieces))
+        self._counters["rows"] += 1
+        self._counters["tokens"] += row.n_targets
+        return row
+
+    def _choose(self, room: int) -> int | None:
+        fitting = bisect_right(self._by_length, (room, 0))
+        if fitting:
+            return -self._by_length[fitting - 1][1]
+        if not self._crop:
+            return None
+        length, negative = self._by_length[0]
+        self._count_crop(length - room, whole=self._window[-negative][1] == length)
+        return -negative
+
+    def _take(self, number: int) -> np.ndarray:
+        tokens, length = self._window.pop(number)
+        del self._by_length[bisect_left(self._by_length, (len(tokens), -number))]
+        self._counters["documents"] += 1
+        if length > len(tokens):
+            self._count_crop(length - len(tokens))
+        return tokens
+
+    def _count_crop(self, tokens: int, *, whole: bool = True) -> None:
+        self._counters["cropped_tokens"] += tokens
+        self._counters["cropped_documents"] += whole  # one cropped to a row's length before is counted when taken
+
+    def _refill(self) -> None:
+        placed = self._counters["documents"]
+        epoch_end = (placed // len(self._stream) + 1) * len(self._stream)
+        while len(self._window) <= self._buffer_size - self._chunk and self._next < epoch_end:
+            stop = min(self._next + self._chunk, epoch_end)
+            self._add(list(range(self._next, stop)))
+            self._next = stop
+
+    def _add(self, numbers: list[int]) -> None:
+        for number, row in zip(numbers, self._stream.fetch(numbers) if numbers else [], strict=True):
+            tokens = row.ids[: self._capacity]
+            self._window[number] = (tokens, len(row.ids))
+            insort(self._by_length, (len(tokens), -number))
+
+
+class OnePerRow:
+    """Hands out one document per row in stream order, cropped to `capacity` tokens."""
+
+    def __init__(self, stream: Stream, capacity: int, *, state: dict | None = None):
+        self._stream, self._capacity = stream, capacity
+        self._counters = dict(state["counters"]) if state else _zero_counters()
+
+    def state_dict(self) -> dict:
+        return {"counters": dict(self._counters)}
+
+    def next_row(self) -> Row:
+        (whole,) = self._stream.fetch([self._counters["documents"]])
+        trained = None if whole.trained is None else whole.trained[: self._capacity]
+        row = Row(whole.ids[: self._capacity], trained)
+        cropped = len(whole.ids) - len(row.ids)
+        self._counters["rows"] += 1
+        self._counters["documents"] += 1
+        self._counters["tokens"] += row.n_targets
+        self._counters["cropped_documents"] += cropped > 0
+        self._counters["cropped_tokens"] += cropped
+        return row
+
+
+def _zero_counters() -> dict[str, int]:
+    return dict.fromkeys(("rows", "documents", "tokens", "cropped_documents", "cropped_tokens"), 0)
+
+
+class Prefetcher:
+    """Runs an iterator in a background thread, at most `depth` items ahead; its error surfaces in next()."""
+
+    def __init__(self, items: Iterator, depth: int = 4):
+        self._queue: queue.Queue = queue.Queue(depth)
+        stopping = threading.Event()
+        # The thread knows the queue and not this object, so a forgotten loader is collected and its thread ends.
+        thread = threading.Thread(target=_produce, args=(items, self._queue, stopping), name="prefetch", daemon=True)
+        self._error: BaseException | None = None
+        self.close = weakref.finalize(self, _stop, thread, self._queue, stopping)
+        thread.start()
+
+    def __next__(self):
+        if self._error is None and self.close.alive:
+            item, self._error = self._queue.get()
+            if self._error is None:
+                return item
+        raise self._error or RuntimeError("next() on a closed loader")
+
+
+def _produce(items: Iterator, items_queue: queue.Queue, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        try:
+            result = (next(items), None)
+        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the item
+            result = (None, error)
+        while not stopping.is_set():
+            try:
+                items_queue.put(result, timeout=0.05)
+                break
+            except queue.Full:
+                continue
+        if result[1] is not None:
+            return
+
+
+def _stop(thread: threading.Thread, items_queue: queue.Queue, stopping: threading.Event) -> None:
+    stopping.set()
+    if thread is not threading.current_thread():  # the collector may run this in the thread itself
+        thread.join()

@@ -1,0 +1,309 @@
+"""Where training documents come from: this Python's own standard library, or a folder of the user's files.
+
+A source has a `name` (the dataset's folder), an `identity()` (what the prepared shards are valid for, JSON-able) and
+`documents()`, an iterator of (split, text) with split "train" or "val". Reading is deterministic and repeatable.
+"""
+
+import ast
+import hashlib
+import json
+import platform
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from nanochat.common import UserError
+
+VAL_FRACTION = 0.05  # of a folder's documents: 1 % of a thousand would be ten, too few to measure anything
+VAL_MAX_CHARS = 50_000_000  # about 10M tokens, as many as one validation of the largest preset reads
+
+
+# --- builtin: the standard library ------------------------------------------------------------------
+
+# Tests, vendored wheels and generated tables (codec maps, grammars, build paths) are not prose, and the last
+# differ between machines with the same Python.
+_SKIPPED_FOLDERS = {
+    "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "lib-dynload", "lib2to3", "msilib",
+    "pydoc_data", "site-packages", "test", "tests",
+}
+_SKIPPED_FILES = re.compile(r"_sysconfigdata.*|sitecustomize\.py|usercustomize\.py")
+_BUILTIN_RECIPE = 1  # raise when the text below changes: prepared data of another recipe is prepared again
+# A row keeps only the start of a longer document, so documents are cut at paragraphs to about one row of the
+# smallest preset: 256 tokens at 3.3 characters each.
+_DOCUMENT_CHARS = 800
+# Python 3.11: docstrings 1.3M characters, the language reference in pydoc_data 0.4M, code 8M. A reader of plain
+# text learns more from the first two, so code is thinned to one section in eight: prose 1.7M, code 0.9M.
+# 250 steps of 2,048 tokens read about 1.7M characters, less than one pass.
+_CODE_STRIDE = 8
+_VAL_FILES = 20  # one file in this many
+
+
+class BuiltinSource:
+    """The running Python's documentation and source; other Python versions give other text."""
+
+    name = "builtin"
+    skipped = 0
+
+    def __init__(self, root: Path | None = None):
+        self.root = Path(root or sysconfig.get_path("stdlib"))
+
+    def identity(self) -> dict:
+        return {"kind": "builtin", "python": platform.python_version(), "recipe": _BUILTIN_RECIPE}
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yield (split, text) in an order that mixes modules; a file's text is all in one split."""
+        files = self._files()
+        if not files:
+            raise UserError(f"builtin data needs the source files of Python's standard library, "
+                            f"found none in {self.root}")
+        seen: set[str] = set()
+        documents = [("train", text) for text in _sections(_topics(self.root), seen)]
+        for file in tqdm(files, desc="reading the standard library", unit="file", disable=None):
+            relative = file.relative_to(self.root).as_posix()
+            split = "val" if _hash64(relative) % _VAL_FILES == 0 else "train"
+            documents += [(split, text) for text in _module_documents(file, seen)]
+        yield from sorted(documents, key=lambda document: _hash64(document[1]))
+
+    def _files(self) -> list[Path]:
+        relative = (path.relative_to(self.root) for path in self.root.rglob("*.py"))
+        kept = (path for path in relative
+                if not _SKIPPED_FOLDERS.intersection(path.parts) and not _SKIPPED_FILES.fullmatch(path.name))
+        return [self.root / path for path in sorted(kept, key=Path.as_posix)]
+
+
+def _topics(root: Path) -> list[str]:
+    """Return the language reference as paragraphs; it ships with `help()` as one dict literal."""
+    file = root / "pydoc_data" / "topics.py"
+    if not file.is_file():
+        return []
+    for node in ast.parse(file.read_bytes()).body:
+        if isinstance(node, ast.Assign):
+            topics = ast.literal_eval(node.value)
+            return [part for name in sorted(topics) for part in _paragraphs(topics[name])]
+    return []
+
+
+def _module_documents(file: Path, seen: set[str]) -> Iterator[str]:
+    with tokenize.open(file) as stream:  # honours a coding line
+        source = stream.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escape sequences in strings
+        tree = ast.parse(source)
+    prose: list[str] = []
+    docstring_lines: set[int] = set()
+    _collect_docstrings(tree, file.stem, prose, docstring_lines)
+    yield from _sections(prose, seen)
+    lines = source.splitlines()
+    code = "\n".join(line for number, line in enumerate(lines, 1) if number not in docstring_lines)
+    yield from list(_sections(_paragraphs(code), seen))[::_CODE_STRIDE]
+
+
+def _collect_docstrings(node: ast.AST, heading: str, prose: list[str], lines: set[int]) -> None:
+    """Append heading and docstring of `node` and of what it defines, in source order, as paragraphs."""
+    docstring = ast.get_docstring(node)
+    if docstring:
+        prose.append(heading)
+        prose.extend(_paragraphs(docstring))
+        lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            _collect_docstrings(child, f"class {child.name}", prose, lines)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            _collect_docstrings(child, f"{child.name}({ast.unparse(child.args)})", prose, lines)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip("\n") for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+
+
+def _sections(paragraphs: list[str], seen: set[str]) -> Iterator[str]:
+    """Join paragraphs into documents of about `_DOCUMENT_CHARS` characters.
+
+    A paragraph of more than a line met before is dropped: the reference's chapters contain each other, files
+    share their licence, and no text may be in both splits.
+    """
+    section: list[str] = []
+    size = 0
+    for paragraph in paragraphs:
+        if len(paragraph) > 80:
+            if paragraph in seen:
+                continue
+            seen.add(paragraph)
+        if section and size + len(paragraph) > _DOCUMENT_CHARS:
+            yield "\n\n".join(section)
+            section, size = [], 0
+        section.append(paragraph)
+        size += len(paragraph) + 2
+    if section:
+        yield "\n\n".join(section)
+
+
+# --- a folder of the user's files -------------------------------------------------------------------
+
+
+class FolderSource:
+    """All .parquet (column `text`), .jsonl ({"text": ...} per line) and .txt (one document) files under a folder."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder).expanduser().resolve()
+        slug = re.sub(r"[^a-z0-9]+", "-", self.folder.name.lower()).strip("-") or "data"
+        self.name = f"{slug[:40]}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+        self.skipped = 0  # documents null or without a visible character, counted by documents()
+
+    def files(self) -> list[Path]:
+        """Return the readable files in order of their relative path; names starting with a dot are no data."""
+        return [path for path in self._all_files() if path.suffix.lower() in _READERS]
+
+    def ignored(self) -> Counter:
+        """Count the files of other kinds by suffix."""
+        others = (path.suffix.lower() for path in self._all_files())
+        return Counter(suffix or "no suffix" for suffix in others if suffix not in _READERS)
+
+    def _all_files(self) -> list[Path]:
+        if not self.folder.exists():
+            raise UserError(f"data folder {self.folder} does not exist")
+        if not self.folder.is_dir():
+            raise UserError(f"data must be a folder of .parquet, .jsonl or .txt files, {self.folder} is a file")
+        relative = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
+        visible = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
+        return [self.folder / path for path in sorted(visible, key=Path.as_posix)]
+
+    def identity(self) -> dict:
+        digest = hashlib.sha256()
+        for path in self.files():
+            stat = path.stat()
+            relative = path.relative_to(self.folder).as_posix()
+            digest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        return {"kind": "folder", "path": str(self.folder), "fingerprint": digest.hexdigest()}
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        files = self.files()
+        if not files:
+            raise UserError(f"data folder {self.folder} has no .parquet, .jsonl or .txt file")
+        self.skipped = 0
+        yield from split_by_hash(self._texts(files))
+
+    def _texts(self, files: list[Path]) -> Iterator[str]:
+        for file in tqdm(files, desc=f"reading {self.folder.name}", unit="file", disable=None):
+            for text in _READERS[file.suffix.lower()](file):
+                if text is None or not text.strip():
+                    self.skipped += 1
+                else:
+                    yield text
+
+
+def split_by_hash(texts: Iterator[str]) -> Iterator[tuple[str, str]]:
+    """Assign each text to "train" or "val" by its own hash, so equal texts never land in both.
+
+    The first text is train; of the others those with a hash in the lowest 5 % are val, up to VAL_MAX_CHARS, or,
+    when there is none, the one with the lowest hash. Two different texts therefore always fill both splits.
+    """
+    first = lowest = None
+    held: list[str] = []  # the texts with the lowest hash, until a validation text turns up
+    val_chars = 0
+    for text in texts:
+        key = _hash64(text)
+        first = key if first is None else first
+        if key == first:
+            yield "train", text
+        elif key < VAL_FRACTION * 2**64 and val_chars < VAL_MAX_CHARS:
+            val_chars += len(text)
+            yield "val", text
+        elif val_chars or (lowest is not None and key > lowest):
+            yield "train", text
+        elif key == lowest:
+            held.append(text)
+        else:
+            yield from (("train", other) for other in held)
+            held, lowest = [text], key
+    yield from (("train" if val_chars else "val", text) for text in held)
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def _read_txt(file: Path) -> Iterator[str]:
+    text = _decode(file.read_bytes(), file)
+    if "\0" in text:
+        offset = len(text[: text.index("\0")].encode("utf-8"))
+        raise UserError(f"{file} must be text, byte {offset} is NUL")
+    yield text.removeprefix("\ufeff")
+
+
+def _read_jsonl(file: Path) -> Iterator[str | None]:
+    offset = 0
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            text = _decode(line, file, offset).removeprefix("\ufeff")
+            offset += len(line)
+            if text.strip():
+                yield _jsonl_text(text, f"{file}:{number}")
+
+
+def _jsonl_text(line: str, where: str) -> str | None:
+    rule = f'{where} must be a JSON object with a string "text"'
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{rule}, it is not JSON ({type(error).__name__})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{rule}, it is a {type(record).__name__}")
+    if "text" not in record:
+        raise UserError(f"{rule}, it has {', '.join(sorted(record)) or 'no keys'}")
+    text = record["text"]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{rule}, its text is a {type(text).__name__}")
+    if text is not None and not _is_encodable(text):
+        raise UserError(f"{rule}, its text holds half of a surrogate pair")
+    return text
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _decode(data: bytes, file: Path, offset: int = 0) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} must be UTF-8 text, byte {offset + error.start} is not "
+                        f"(0x{data[error.start]:02x})") from error
+
+
+def _read_parquet(file: Path) -> Iterator[str | None]:
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            _check_text_column(file, parquet.schema_arrow)
+            for group in range(parquet.num_row_groups):
+                yield from parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not a whole parquet file ({_first_line(error)})") from error
+
+
+def _check_text_column(file: Path, schema: pa.Schema) -> None:
+    if "text" not in schema.names:
+        raise UserError(f"{file} must have a column text, it has {', '.join(schema.names) or 'no columns'}")
+    kind = schema.field("text").type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+        raise UserError(f"{file} must have strings in column text, it has {kind}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
