@@ -1,0 +1,77 @@
+"""Training on conversations, the same for mid-training and SFT but for packing, mask and schedule."""
+
+import argparse
+
+import torch
+
+from nanochat.common import Runtime, close_runtime, init_runtime, print0
+from nanochat.dataloader import ConversationLoader
+from nanochat.gpt import GPT
+from nanochat.report import Report
+from nanochat.stage import accumulation_steps, add_training_flags, make_trainer, model_from, training_facts
+from nanochat.tasks import parse_mixture
+from nanochat.train import LoaderBatches, Schedule
+
+
+def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, mixture: str, rows: int, device_batch_size: int,
+                       lr_scale: float) -> None:
+    """Add the flags of a stage that starts from another stage and trains on conversations."""
+    parser.add_argument("--source", default=source, choices=["base", "mid", "sft"], help="stage to start from")
+    parser.add_argument("--depth", type=int, default=None, help="model depth; default: the deepest of the source stage")
+    parser.add_argument("--source-step", type=int, default=None, help="checkpoint step of the source; default: newest")
+    parser.add_argument("--tasks", default=mixture, help="training conversations as name=size,name=size")
+    parser.add_argument("--sequence-len", type=int, default=-1, help="tokens per row; -1 = the model's context")
+    parser.add_argument("--num-steps", type=int, default=-1, help="updates; -1 = one pass over the conversations")
+    parser.add_argument("--rows-per-step", type=int, default=rows, help="rows per update over all ranks")
+    parser.add_argument("--eval-batches", type=int, default=8, help="validation micro-batches per rank")
+    add_training_flags(parser, device_batch_size=device_batch_size, lr_scale=lr_scale, eval_every=100, save_every=-1)
+
+
+def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, warmdown: float,
+             momentum_steps: int) -> None:
+    """Run a conversation stage from its source checkpoint to its report section."""
+    runtime = init_runtime(args.device, seed=args.seed)
+    model, tokenizer, source_state = model_from(args.source, args, runtime)
+    accumulation = accumulation_steps(args.rows_per_step, args.device_batch_size, runtime, flag="--rows-per-step")
+    train_task, val_task = parse_mixture(args.tasks, "train", args.seed), parse_mixture(args.tasks, "val", args.seed)
+    T = args.sequence_len if args.sequence_len > 0 else model.config.sequence_len
+
+    def loader(task, state: dict | None = None) -> ConversationLoader:
+        return ConversationLoader(task, tokenizer, args.device_batch_size, T, pack=pack, shuffle_seed=args.seed,
+                                  rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, state=state)
+
+    def evaluate(step: int) -> dict:
+        batches = loader(val_task)
+        try:
+            return {"val_loss": mean_loss(model, batches, args.eval_batches, runtime)}
+        finally:
+            batches.close()
+
+    n_steps = args.num_steps if args.num_steps > 0 else max(1, len(train_task) // args.rows_per_step)
+    schedule = Schedule(n_steps, warmdown=warmdown, momentum_steps=momentum_steps)
+    identity = {"source": f"{args.source} step {source_state['step']}", "tasks": args.tasks, "sequence_len": T,
+                "rows_per_step": args.rows_per_step}
+    trainer = make_trainer(stage, model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
+    print0(f"plan: {n_steps:,} steps of {args.rows_per_step} rows from {len(train_task):,} conversations")
+    if trainer.restore(args.resume):
+        print0(f"{stage}: already finished, nothing to do")
+        return close_runtime()
+    train = loader(train_task, trainer.data_state)
+    trainer.run(LoaderBatches(train, accumulation))
+    if runtime.is_main:
+        facts = training_facts(trainer, schedule, args.rows_per_step, accumulation)
+        Report().section(title, {"Started from": identity["source"], "Conversations": len(train_task),
+                                 "Tasks": args.tasks, **facts})
+    close_runtime()
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches, n_batches: int, runtime: Runtime) -> float:
+    """Return the mean loss in nats per supervised token over n_batches (x, y) per rank, over all ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+    for _ in range(n_batches):
+        x, y = next(batches)
+        sums[0] += model(x, y, reduction="sum")
+        sums[1] += (y >= 0).sum()
+    total, count = runtime.all_reduce(sums).tolist()
+    return total / max(count, 1.0)
