@@ -129,14 +129,14 @@ build_rustbpe() {
 check_imports() {
     "$py" - <<'PY' || die "the packages are installed but do not work (see above); remove .venv and run this again"
 import sys
-from pathlib import Path
+from importlib.metadata import packages_distributions
 
 import numpy, pyarrow, torch, triton, rustbpe
 
 # the source folder rustbpe/ imports as an empty package, and the package index has a rustbpe of another make
-home = getattr(rustbpe, "__file__", None)
-if home is None or Path(sys.prefix).resolve() not in Path(home).resolve().parents:
-    sys.exit(f"rustbpe comes from {home}, not from .venv")
+owners = packages_distributions().get("rustbpe")
+if not hasattr(rustbpe, "Tokenizer") or owners != ["nanochat-rustbpe"]:
+    sys.exit(f"rustbpe comes from {owners}, not from this checkout; try: {sys.executable} -m pip uninstall rustbpe")
 print(f"setup: python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}, numpy "
       f"{numpy.__version__}, {torch.cuda.device_count()} GPUs")
 PY
