@@ -1,0 +1,259 @@
+"""Text <-> ids: byte-pair encoding by our Rust extension, special tokens, chat rendering.
+
+Ids are 0..255 for the bytes, then the merges in the order learned, then the nine special tokens. Content is always
+encoded as ordinary text and special ids are placed by this file alone, so no user, tool or model text can become one.
+"""
+
+import codecs
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.common import UserError, atomic_write, base_dir
+
+try:
+    import rustbpe
+except ImportError:  # not built, and not run from the checkout's root
+    rustbpe = None
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # every document and every conversation starts with it
+    "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>",  # the assistant calls the tool
+    "<|output_start|>", "<|output_end|>",  # the tool answers
+)
+FILE_NAME = "tokenizer.bpe"
+# the special tokens around a part of an assistant message, and whether the model learns to write the part
+PARTS = {
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+
+def _extension():
+    """Return our extension's class. Unbuilt, `rustbpe` is the source folder seen as an empty namespace package, and
+    the package index has a rustbpe of another make; only ours has __build__."""
+    if not hasattr(rustbpe, "__build__"):
+        raise UserError("the tokenizer's Rust extension rustbpe must be built, "
+                        f"found {getattr(rustbpe, '__file__', None) or 'nothing'}: run `bash scripts/setup.sh`")
+    return rustbpe.Tokenizer
+
+
+def _checked(call: Callable, *args, **kwargs):
+    """Call into the extension; its ValueError sentences become UserErrors."""
+    try:
+        return call(*args, **kwargs)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class Tokenizer:
+    """A trained tokenizer; immutable, safe to share between threads.
+
+    Attributes: vocab_size (special tokens included), bos_id, fingerprint (sha256 of vocabulary, split pattern and
+    special tokens, in hexadecimal: equal exactly when every text gets equal ids).
+    """
+
+    def __init__(self, core: "rustbpe.Tokenizer"):
+        if tuple(core.specials) != SPECIAL_TOKENS:
+            raise UserError(f"a tokenizer must have the special tokens {' '.join(SPECIAL_TOKENS)}, "
+                            f"this one has {' '.join(core.specials) or 'none'}: train it again")
+        self._core = core
+        self.vocab_size: int = core.vocab_size
+        self.fingerprint: str = core.fingerprint
+        first = self.vocab_size - len(SPECIAL_TOKENS)
+        self._special_ids = {name: first + index for index, name in enumerate(SPECIAL_TOKENS)}
+        self.bos_id: int = self._special_ids["<|bos|>"]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, progress: Callable[[str, int, int], None] | None = None,
+              num_threads: int | None = None) -> "Tokenizer":
+        """Learn a vocabulary of `vocab_size` ids, special tokens included, from an iterable of texts.
+
+        `progress(phase, done, total)` hears of "count" (bytes, total 0 while unknown) and "merge" (merges), at most
+        ten times a second. Warns when the texts have too few different pairs to fill the vocabulary.
+        """
+        core = _checked(_extension().train, texts, vocab_size, list(SPECIAL_TOKENS), num_threads=num_threads,
+                        progress=progress)
+        if core.vocab_size < vocab_size:
+            warnings.warn(f"the texts gave a vocabulary of {core.vocab_size} tokens, {vocab_size} were asked for: "
+                          "every piece is one token already", stacklevel=2)
+        return cls(core)
+
+    @classmethod
+    def load(cls, folder: Path | None = None) -> "Tokenizer":
+        """Read `folder`/tokenizer.bpe (default folder: base_dir()/"tokenizer"); UserError names the file."""
+        extension = _extension()
+        path = _file(folder)
+        try:
+            with path.open("rb") as file:
+                data = file.read(rustbpe.MAX_FILE_BYTES + 1)
+        except FileNotFoundError:
+            raise UserError(f"there is no tokenizer at {path}: run `python -m scripts.tok_train` first") from None
+        except OSError as error:
+            raise UserError(f"{path} must be a readable file ({error.strerror})") from error
+        try:
+            return cls(extension.from_bytes(data))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def save(self, folder: Path | None = None) -> Path:
+        """Write `folder`/tokenizer.bpe in one step and return its path."""
+        path = _file(folder)
+        atomic_write(path, self._core.to_bytes())
+        return path
+
+    # --- ids ---------------------------------------------------------------------------------------
+
+    def special_id(self, name: str) -> int:
+        """Return the id of a special token."""
+        if name not in self._special_ids:
+            raise UserError(f"a special token must be one of {' '.join(SPECIAL_TOKENS)}, got {name!r}")
+        return self._special_ids[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; the names of special tokens in it are ordinary text."""
+        return _checked(self._core.encode, text)
+
+    def encode_batch(self, texts: list[str], num_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Encode many texts at once with the GIL released, on all processors unless `num_threads` says otherwise.
+
+        Returns ids uint32 (total,) and offsets int64 (len(texts) + 1,): text i is ids[offsets[i]:offsets[i + 1]].
+        """
+        ids, offsets = _checked(self._core.encode_batch, texts, num_threads=num_threads)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.int64)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of `ids` (any iterable, array or tensor of ints); a special token gives its name."""
+        return _checked(self._core.decode_bytes, ids.tolist() if hasattr(ids, "tolist") else ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """Return int32 (vocab_size,): how many bytes of text each id stands for, 0 for special tokens."""
+        lengths = [len(self.decode_bytes([id])) for id in range(self.bos_id)]
+        return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """Return a decoder that turns ids into text one at a time."""
+        return StreamDecoder(self)
+
+    # --- conversations -----------------------------------------------------------------------------
+
+    def render_conversation(self, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+        """Return (ids, mask) of a whole conversation, cut to `max_tokens`; mask 1 marks what the model learns to write.
+
+        {"messages": [{"role": ..., "content": ...}, ...]}: an optional system message, then user and assistant in
+        turns. Content is a str; an assistant's may be a list of parts {"type": "text" | "python" | "python_output",
+        "text": str}. The system message joins the first user message with a blank line between.
+        """
+        ids, mask = [self.bos_id], [0]
+
+        def add(new: list[int], learned: int) -> None:
+            ids.extend(new)
+            mask.extend([learned] * len(new))
+
+        for role, content in _turns(conversation):
+            start, end = (self.special_id(f"<|{role}_{edge}|>") for edge in ("start", "end"))
+            add([start], 0)
+            for kind, text in content:
+                opening, closing, learned = PARTS[kind]
+                learned = learned if role == "assistant" else 0
+                inner = self.encode(text)
+                add(inner if opening is None else [self.special_id(opening), *inner, self.special_id(closing)], learned)
+            add([end], int(role == "assistant"))
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """Return the ids that ask for the next assistant message; a last one that is already there is dropped."""
+        messages = _messages(conversation)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        ids, _ = self.render_conversation({"messages": messages})
+        return [*ids, self.special_id("<|assistant_start|>")]
+
+
+class StreamDecoder:
+    """Ids -> text, one at a time: a character comes out whole, when its last byte is in; special tokens give ""."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """Return the text that `id` completes."""
+        data = self._tokenizer.decode_bytes([id])
+        return "" if id >= self._tokenizer.bos_id else self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD for a character that never became whole, else ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _file(folder: Path | None) -> Path:
+    return (Path(folder) if folder is not None else base_dir() / "tokenizer") / FILE_NAME
+
+
+def _messages(conversation: dict) -> list[dict]:
+    """Return the messages, each checked to be a dict with a known role."""
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError('a conversation must be {"messages": [...]} with at least one message, '
+                        f"got {_short(conversation)}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"message {index} must have the role user, assistant or system, got {_short(message)}")
+    return messages
+
+
+def _turns(conversation: dict) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    """Yield (role, [(part type, text), ...]) of user and assistant in turns, the system message merged."""
+    messages = _messages(conversation)
+    system = ""
+    first = 0
+    if messages[0]["role"] == "system":
+        first = 1
+        system = _text(messages[0], 0) + "\n\n"
+        if len(messages) == 1:
+            raise UserError("a system message must be followed by a user message, the conversation ends there")
+    for index, message in enumerate(messages[first:], start=first):
+        role = "assistant" if (index - first) % 2 else "user"
+        if message["role"] != role:
+            raise UserError(f"message {index} must be from the {role} (user and assistant take turns, a system "
+                            f"message comes first), got {message['role']}")
+        if role == "user":
+            yield role, [("text", system + _text(message, index))]
+            system = ""
+        else:
+            yield role, _parts(message, index)
+
+
+def _text(message: dict, index: int) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise UserError(f"the content of {message['role']} message {index} must be text, got {_short(content)}")
+    return content
+
+
+def _parts(message: dict, index: int) -> list[tuple[str, str]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [("text", content)]
+    if not isinstance(content, list):
+        raise UserError(f"the content of assistant message {index} must be text or a list of parts, "
+                        f"got {_short(content)}")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+            raise UserError(f"a part of assistant message {index} must be {{\"type\": {' | '.join(PARTS)}, "
+                            f'"text": ...}}, got {_short(part)}')
+    return [(part["type"], part["text"]) for part in content]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
