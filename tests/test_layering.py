@@ -28,7 +28,6 @@ MAY_IMPORT = {
 
 # the one edge between op files: training and decode share the rotation and norm, so that they cannot drift apart
 OP_EDGES = {(op, "kernels.qk_norm_rope") for op in ("attention", "paged_attention", "paged_append")}
-NOT_OPS = {"__init__", "__main__", "registry", "device"}
 
 # package -> the only place of the product that may import it
 ONLY_IN = {"rustbpe": "nanochat/tokenizer.py", "fastapi": "nanochat/server/"}
