@@ -1,4 +1,4 @@
-"""Evaluation of bundles: prompts, what is scored, batching, centering, names, and a sentence for every broken bundle."""
+"""Evaluation of bundles: prompts, what is scored, batching, centering, names; a sentence for every broken bundle."""
 
 import json
 import random
@@ -370,7 +370,8 @@ def test_a_wrong_core_yaml_is_explained(folder, old, new, message):
 def test_an_item_that_cannot_be_scored_is_named_by_file_and_line(tmp_path, kind, item, message):
     path = tmp_path / "items.jsonl"
     options = ["a", "b"]
-    good = {"query": "q", "choices": options, "context_options": options, "context": "c", "continuation": "x", "gold": 0}
+    good = {"query": "q", "choices": options, "context_options": options, "context": "c", "continuation": "x"}
+    good["gold"] = 0
     path.write_text(json.dumps(good) + "\n\n" + json.dumps(item) + "\n")
     assert failure(lambda: load_items(task_of(kind, path=path))) == f"{path}:3: {message}"
 
