@@ -62,11 +62,14 @@ def _pairs(case) -> int:
 
 OP = declare(Op(
     "attention",
-    cases={"tiny": dict(B=2, T=32, H=2, K=2, D=64, window=-1), "odd_T63_gqa": dict(B=1, T=63, H=4, K=2, D=64, window=-1),
+    cases={"tiny": dict(B=2, T=32, H=2, K=2, D=64, window=-1),
+           "odd_T63_gqa": dict(B=1, T=63, H=4, K=2, D=64, window=-1),
            "odd_T65_window_17": dict(B=1, T=65, H=2, K=2, D=64, window=17),
            "window_over_T": dict(B=1, T=9, H=2, K=1, D=64, window=50),
-           "window_0": dict(B=1, T=9, H=2, K=1, D=64, window=0), "one_token": dict(B=1, T=1, H=2, K=2, D=128, window=-1),
-           "d12": dict(B=32, T=2048, H=6, K=6, D=128, window=-1), "d20": dict(B=32, T=2048, H=10, K=10, D=128, window=-1),
+           "window_0": dict(B=1, T=9, H=2, K=1, D=64, window=0),
+           "one_token": dict(B=1, T=1, H=2, K=2, D=128, window=-1),
+           "d12": dict(B=32, T=2048, H=6, K=6, D=128, window=-1),
+           "d20": dict(B=32, T=2048, H=10, K=10, D=128, window=-1),
            "d26": dict(B=16, T=2048, H=13, K=13, D=128, window=-1)},
     make_inputs=_inputs,
     flops=lambda c: 4 * c["B"] * c["H"] * c["D"] * _pairs(c),

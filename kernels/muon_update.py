@@ -57,7 +57,8 @@ def _elements(case) -> int:
 OP = declare(Op(
     "muon_update",
     cases={"tiny": dict(banks=((2, 32, 32),)), "odd_shared": dict(banks=((3, 40, 17), (2, 17, 40))),
-           "d12": dict(banks=((12, 3072, 768), (12, 768, 3072))), "d20": dict(banks=((20, 5120, 1280), (20, 1280, 5120))),
+           "d12": dict(banks=((12, 3072, 768), (12, 768, 3072))),
+           "d20": dict(banks=((20, 5120, 1280), (20, 1280, 5120))),
            "d26": dict(banks=((26, 6656, 1664), (26, 1664, 6656)))},
     make_inputs=_inputs,
     bytes=lambda c, itemsize: _elements(c) * (5 * 4 + 2 * itemsize),  # p, g, buffer read; p, buffer written; u, O

@@ -258,3 +258,8 @@ def _bind(op: str, names: Mapping[str, str]) -> Callable:
     if not backend.uses:
         return backend.fn
     return functools.partial(backend.fn, **{used: _bind(used, names) for used in backend.uses})
+
+
+def callable_of(op: str, name: str) -> Callable:
+    """Return one backend ready to call, the ops it uses bound to their eager references (for tests and benches)."""
+    return _bind(op, {**dict.fromkeys(BACKENDS, "eager"), op: name})

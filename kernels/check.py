@@ -1,0 +1,90 @@
+"""Compare a backend with the eager reference honestly: both against eager in fp64 on the same rounded inputs.
+
+The backend's maximal and rms error may be at most twice eager's own rounding error plus one ulp of the largest value.
+A backend may thus be more exact than eager, never much less, and no tolerance is chosen by hand. Used by tests and by
+benches, which do not time what fails here.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from kernels.registry import OPS, Op, callable_of
+
+RATIO = 2.0
+
+
+def small_cases(op: Op) -> list[str]:
+    """Return the cases for a CPU or an interpreter; d12, d20 and d26 are for benches on a GPU."""
+    return [name for name in op.cases if not name.startswith(("d12", "d20", "d26"))]
+
+
+def assert_parity(op_name: str, backend: str, case: str, dtype: torch.dtype, device: torch.device,
+                  seed: int = 0) -> None:
+    """Raise AssertionError naming tensor, error and bound when `backend` is less exact than eager allows.
+
+    Compares every output, every gradient of op.grad_inputs for one random cotangent, and every mutated input.
+    """
+    op = OPS[op_name]
+    inputs = op.make_inputs(op.cases[case], dtype, device, torch.Generator().manual_seed(seed))
+    wide = {name: _map(value, _to_fp64) for name, value in inputs.items()}
+    if "compute_dtype" in wide:
+        wide["compute_dtype"] = torch.float64
+    results = {who: run(op, fn, values) for who, fn, values in (
+        ("kernel", callable_of(op_name, backend), inputs), ("eager", callable_of(op_name, "eager"), inputs),
+        ("exact", callable_of(op_name, "eager"), wide))}
+    largest = max(value.abs().max().item() for value in results["exact"].values())
+    for name, exact in results["exact"].items():
+        kernel, eager = results["kernel"][name], results["eager"][name]
+        # A gradient that is 0 by cancellation (one visible key) has no scale of its own: take the call's.
+        scale = exact.abs().max().item() or largest
+        _assert_close(f"{op_name}={backend} {case} {name}", kernel, eager, exact, scale)
+
+
+def run(op: Op, fn: Callable, inputs: Mapping) -> dict[str, torch.Tensor]:
+    """Call `fn` on a copy of the inputs; return outputs, gradients and mutated inputs by name."""
+    inputs = {name: _map(value, torch.clone) for name, value in inputs.items()}
+    for name in op.grad_inputs:
+        inputs[name].requires_grad_()
+    result = fn(**inputs)
+    outputs = [] if result is None else [result] if isinstance(result, torch.Tensor) else list(result)
+    found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if op.grad_inputs:
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+        gradients = torch.autograd.grad(outputs, [inputs[name] for name in op.grad_inputs], cotangents)
+        found |= {f"gradient of {name}": g for name, g in zip(op.grad_inputs, gradients, strict=True)}
+    for name in op.mutates:
+        values = inputs[name] if isinstance(inputs[name], list) else [inputs[name]]
+        found |= {f"{name}[{i}] afterwards": value for i, value in enumerate(values)}
+    return found
+
+
+def _assert_close(what: str, kernel: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, scale: float) -> None:
+    assert kernel.shape == eager.shape and kernel.dtype == eager.dtype, \
+        f"{what}: must be {tuple(eager.shape)} {eager.dtype}, got {tuple(kernel.shape)} {kernel.dtype}"
+    if not kernel.is_floating_point():
+        assert torch.equal(kernel, eager), f"{what}: integers must be equal"
+        return
+    ulp = torch.finfo(kernel.dtype).eps * scale
+    for measure in (_max_error, _rms_error):
+        got, bound = measure(kernel, exact), RATIO * measure(eager, exact) + ulp
+        assert got <= bound, f"{what}: {measure.__name__[1:]} must be at most {bound:.3e}, got {got:.3e}"
+
+
+def _max_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return (x.double() - exact).abs().max().item()  # NaN compares false with any bound
+
+
+def _rms_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return (x.double() - exact).square().mean().sqrt().item()
+
+
+def _map(value, fn: Callable):
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    return [fn(v) for v in value] if isinstance(value, list) else value
+
+
+def _to_fp64(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.is_floating_point() else x
