@@ -1,10 +1,20 @@
-"""What a run ran on: the checkout's commit, the machine, the versions."""
+"""What a run ran on: the checkout's commit, the machine, the versions, and what such a machine costs."""
 
 import functools
+import importlib.util
+import os
+import platform
 import subprocess
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# dollars per GPU-hour that nanochat (Nov 2025) used; other GPUs have no price rather than a guessed one
+GPU_PRICES = (("H100", 3.00), ("A100", 1.79), ("V100", 0.55))
 
 
 @functools.cache
@@ -15,3 +25,52 @@ def git(*args: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
+
+
+def environment() -> dict[str, str]:
+    """Return what a reader needs to judge a run's numbers, as texts in the order of the report."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "Generated": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "Commit": _commit(),
+        "Platform": platform.platform(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "CPU": f"{_cpu_model()}, {cores} cores",
+        "RAM": f"{ram:.0f} GiB",
+        "GPU": _gpus(),
+        "CUDA": str(torch.version.cuda) if torch.cuda.is_available() else "n/a",
+    }
+
+
+def dollars_per_hour() -> tuple[float, str] | None:
+    """Return (price of this machine's GPUs per hour, how it was counted); None without a GPU of known price."""
+    count = torch.cuda.device_count()
+    name = torch.cuda.get_device_name(0) if count else ""
+    price = next((price for part, price in GPU_PRICES if part in name), None)
+    return None if price is None else (count * price, f"{count} x ${price:.2f} per GPU-hour")
+
+
+def _commit() -> str:
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return "unknown"
+    dirty = ", with uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"{commit} on {git('rev-parse', '--abbrev-ref', 'HEAD')}{dirty}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
