@@ -248,7 +248,7 @@ def _parts(message: dict, index: int) -> list[tuple[str, str]]:
         raise UserError(f"the content of assistant message {index} must be text or a list of parts, "
                         f"got {_short(content)}")
     for part in content:
-        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+        if not isinstance(part, dict) or part.get("type") not in [*PARTS] or not isinstance(part.get("text"), str):
             raise UserError(f"a part of assistant message {index} must be {{\"type\": {' | '.join(PARTS)}, "
                             f'"text": ...}}, got {_short(part)}')
     return [(part["type"], part["text"]) for part in content]

@@ -1,0 +1,107 @@
+"""Train the tokenizer: python -m scripts.tok_train --data builtin --vocab-size 4096
+
+Byte-pair encoding on the documents of the training split, each cut to --doc-cap characters so that a few long ones do
+not rule the vocabulary. Written to tokenizer/tokenizer.bpe under the base directory.
+"""
+
+import argparse
+import time
+import warnings
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat.common import UserError, base_dir, run_script
+from nanochat.dataset import iter_texts, open_dataset
+from nanochat.report import Report
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+ROUND_TRIP = "Hello, world! It's 2025 -- don't panic.\r\n\tprint(x ** 2)  # naïve café, 한국어, 日本語, ١٢٣ 🙂\n"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.tok_train", description="Train the tokenizer.")
+    parser.add_argument("--data", default="builtin", metavar="SOURCE",
+                        help="builtin or a folder, prepared by scripts.dataset (default: builtin)")
+    parser.add_argument("--vocab-size", type=int, default=65536, metavar="N",
+                        help="ids in all: 256 bytes, the merges, 9 special tokens (default: 65536)")
+    parser.add_argument("--max-chars", type=float, default=2e9, metavar="N",
+                        help="characters of text to learn from (default: 2e9)")
+    parser.add_argument("--doc-cap", type=int, default=10_000, metavar="N",
+                        help="characters taken of one document (default: 10000)")
+    return parser.parse_args(argv)
+
+
+class Progress:
+    """A bar for each phase of the training: bytes read and counted, then merges."""
+
+    UNITS = {"count": ("counting", "B", True), "merge": ("merging", "", False)}
+
+    def __init__(self):
+        self.phase, self.bar = None, None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase != self.phase:
+            self.close()
+            name, unit, scale = self.UNITS[phase]
+            self.bar = tqdm(desc=name, total=total or None, unit=unit, unit_scale=scale, disable=None)
+            self.phase = phase
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Seen:
+    """The texts of an iterator, counted as they pass."""
+
+    def __init__(self, texts):
+        self.texts, self.documents, self.chars, self.bytes = texts, 0, 0, 0
+
+    def __iter__(self):
+        for text in self.texts:
+            self.documents += 1
+            self.chars += len(text)
+            self.bytes += len(text.encode())
+            yield text
+
+
+def main(args: argparse.Namespace) -> None:
+    for flag, value in (("--max-chars", args.max_chars), ("--doc-cap", args.doc_cap)):
+        if not 1 <= value < float("inf"):
+            raise UserError(f"{flag} must be at least 1, got {value:g}")
+    dataset = open_dataset(args.data)
+    seen = Seen(iter_texts(dataset, "train", max_chars=int(args.max_chars), doc_cap=args.doc_cap))
+    progress = Progress()
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            tokenizer = Tokenizer.train(seen, args.vocab_size, progress)
+        finally:
+            progress.close()
+    seconds = time.perf_counter() - start
+    for warning in caught:
+        print(f"warning: {warning.message}")
+    if tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
+        raise RuntimeError("the new tokenizer does not give a text back as it was; nothing was saved")
+    path = tokenizer.save(base_dir() / "tokenizer")
+
+    lengths = tokenizer.token_bytes()[:-len(SPECIAL_TOKENS)].astype(np.float64)
+    facts = {
+        "Data": dataset.name, "Documents": seen.documents, "Characters": seen.chars, "Bytes": seen.bytes,
+        "Characters taken of one document, at most": args.doc_cap,
+        "Vocabulary": tokenizer.vocab_size, "Special tokens": len(SPECIAL_TOKENS),
+        "Seconds": round(seconds, 2), "MB per second": round(seen.bytes / seconds / 1e6, 1),
+        "Bytes per token in the vocabulary": f"min {lengths.min():.0f}, mean {lengths.mean():.2f}, "
+                                             f"max {lengths.max():.0f}, std {lengths.std():.2f}",
+        "Fingerprint": tokenizer.fingerprint,
+    }
+    print(f"trained a vocabulary of {tokenizer.vocab_size:,} tokens on {seen.documents:,} documents "
+          f"({seen.bytes / 1e6:,.1f} MB) in {seconds:.1f} s: {path}")
+    Report().section("Tokenizer training", facts)
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
