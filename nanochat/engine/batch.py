@@ -1,0 +1,55 @@
+"""From rows to the tensors of one step: their new tokens end to end, and how to draw the next ones."""
+
+import numpy as np
+import torch
+
+from nanochat.engine.request import Row
+from nanochat.gpt import PagedBatch, PagedCache
+
+# S rows, N new tokens in all, R draws
+
+
+def build_batch(rows: list[Row], page_size: int, device: torch.device) -> PagedBatch:
+    """Lay out the tokens of each row that are not yet computed; logits are wanted after the last of each row."""
+    counts = np.array([len(row.tokens) - row.computed for row in rows])
+    computed = np.array([row.computed for row in rows])
+    ends = counts.cumsum()
+    contexts = computed + counts
+    width = -(-int(contexts.max()) // page_size)
+    tables = np.zeros((len(rows), width), dtype=np.int32)
+    for table, row in zip(tables, rows, strict=True):
+        held = row.pages[:width]
+        table[: len(held)] = held
+    owner = np.repeat(np.arange(len(rows)), counts)
+    positions = np.arange(ends[-1]) + np.repeat(contexts - ends, counts)
+    slots = tables[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    tokens = [token for row in rows for token in row.tokens[row.computed:]]
+
+    def on_device(values, dtype=torch.int64):
+        return torch.as_tensor(np.asarray(values), dtype=dtype).to(device)
+
+    return PagedBatch(on_device(tokens), on_device(positions), on_device(slots), on_device(tables, torch.int32),
+                      on_device(np.concatenate(([0], ends)), torch.int32), on_device(contexts, torch.int32),
+                      on_device(ends - 1))
+
+
+def draw(logits: torch.Tensor, rows: list[Row], sample) -> tuple[list[int], list[float]]:
+    """Draw one token per row from logits (R, V); return ids and log-probabilities."""
+    def on_device(values, dtype):
+        return torch.tensor(values, dtype=dtype).to(logits.device)
+
+    ids, logprobs = sample(logits, on_device([row.request.params.temperature for row in rows], torch.float32),
+                           on_device([row.request.params.top_k or 0 for row in rows], torch.int64),
+                           on_device([row.seed for row in rows], torch.int64),
+                           on_device([len(row.tokens) for row in rows], torch.int64))
+    return ids.tolist(), logprobs.tolist()
+
+
+def copy_pages(cache: PagedCache, copies: list[tuple[int, int]]) -> None:
+    """Copy whole pages (source, destination) in every layer."""
+    if not copies:
+        return
+    device = cache.k[0].device
+    source, destination = torch.tensor(copies, device=device).unbind(dim=1)
+    for pages in (*cache.k, *cache.v):
+        pages[destination] = pages[source]

@@ -1,0 +1,247 @@
+"""The engine: many requests of different lengths advance together, one ragged forward per step.
+
+A step takes every running row's tokens that are not yet computed - one for a row that decodes, a few for a row that
+just got tool output, a whole prompt for a row that joins - and draws one token for each. Rows join as soon as there
+is room in the batch and their worst case fits the page pool, and leave as they finish. A row is given all the pages
+it can ever need when it joins, so a running row never waits and nothing can deadlock; there is no preemption.
+
+Random numbers depend on (seed, sample, position) alone. On CPU in fp32 a row's text is the same alone and in any
+batch, up to ties within rounding: matrix products of other heights round differently in the last bit.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from nanochat.common import UserError
+from nanochat.engine.batch import build_batch, copy_pages, draw
+from nanochat.engine.pages import PagePool
+from nanochat.engine.request import Completion, Request, Row, SamplingParams, row_seed
+from nanochat.engine.tools import Transcript
+from nanochat.gpt import GPT, PagedCache
+
+TOOLS = ("calculator", "off")
+PREFILL_TOKENS = 2048  # new prompts join a step up to this many tokens, the first always
+
+
+class Engine:
+    """Generates with `model`, whose weights may change in place between requests (call `reset` then).
+
+    n_pages: pages of `page_size` tokens, by default enough for max_batch rows of the whole context.
+    Raises UserError for a value outside its range.
+    """
+
+    def __init__(self, model: GPT, tokenizer, *, tools: str = "calculator", page_size: int = 16,
+                 n_pages: int | None = None, max_batch: int = 64):
+        if tools not in TOOLS:
+            raise UserError(f"tools must be one of {', '.join(TOOLS)}, got {tools!r}")
+        for name, value in (("page_size", page_size), ("max_batch", max_batch), ("n_pages", n_pages)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        self.model, self.tokenizer, self.tools, self.max_batch = model, tokenizer, tools, max_batch
+        self.context = model.config.sequence_len
+        n_pages = n_pages or max_batch * -(-self.context // page_size)
+        self.pool = PagePool(n_pages, page_size)
+        self.cache = PagedCache.allocate(model.config, n_pages, page_size, model.dtype, model.device)
+        self.terminals = frozenset((tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id))
+        self.running: list[Row] = []
+        self.waiting: deque[Row] = deque()
+        self._counts = {"requests": 0, "tokens": 0, "steps": 0}
+        self._seconds = 0.0
+
+    # --- for callers ---
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams],
+                 progress: bool = False) -> list[list[Completion]]:
+        """Continue every prompt; return n completions per prompt, in order. progress shows a bar on stderr.
+
+        A prompt that cannot be served gives n completions that say so (finish_reason "error") and the others go on;
+        UserError is raised when not one prompt can be served.
+        """
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        jobs, errors = [], []
+        for prompt, wanted in zip(prompts, params, strict=True):
+            try:
+                jobs.append(self.submit(prompt, wanted))
+            except UserError as error:
+                jobs.append([Completion([], [], [], "error", "", [], str(error))] * wanted.n)
+                errors.append(error)
+        if errors and len(errors) == len(prompts):
+            raise errors[0]
+        requests = [job for job in jobs if isinstance(job, Request)]
+        self._finish_all(requests, progress)
+        return [job.completions() if isinstance(job, Request) else job for job in jobs]
+
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[tuple]:
+        """Continue one prompt; yield ("text", str), ("tool", expression, result) and at last ("finish", reason)."""
+        yield from self.events(self.submit(prompt, params))
+
+    def events(self, request: Request) -> Iterator[tuple]:
+        """Step until `request` is done, yielding the events of its first sample as they come.
+
+        The request is aborted when the caller stops listening. Raises UserError when it ends in an error.
+        """
+        row, seen = request.rows[0], 0
+        try:
+            while True:
+                new = row.transcript.events[seen:]
+                seen += len(new)
+                yield from new
+                if row.finish_reason:
+                    break
+                self.step()
+            if row.error:
+                raise UserError(row.error)
+            yield "finish", row.finish_reason
+        finally:
+            self.abort(request)
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> Request:
+        """Queue a request. Raises UserError when its prompt or the pool can never let it run."""
+        self._check_prompt(prompt)
+        request = Request(list(prompt), params, min(len(prompt) + params.max_tokens, self.context))
+        need = self._worst_case(request)
+        need += params.n > 1 and len(prompt) % self.pool.page_size > 0  # a second sample copies the last prompt page
+        if need > self.pool.total:
+            raise UserError(f"a request of {request.limit} tokens needs {need} pages of {self.pool.page_size} tokens, "
+                            f"the pool has {self.pool.total}")
+        for sample in range(params.n):
+            request.rows.append(Row(request, list(prompt), row_seed(params.seed, sample),
+                                    Transcript(self.tokenizer, self.tools)))
+        for row in request.rows:
+            row.finish_if_full()  # no room for even one token
+        if request.done:
+            self._retire(request.rows)
+        else:
+            self.waiting.append(request.rows[0])
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request wherever it stands; its pages return at once. Does nothing to rows that are done."""
+        rows = [row for row in request.rows if not row.finish_reason]
+        if not rows:
+            return
+        for row in rows:
+            row.finish("abort")
+        self.running = [row for row in self.running if not row.finish_reason]
+        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+        self._retire(rows)
+
+    def reset(self) -> None:
+        """Abort everything and drop what was computed with the weights so far; call after a weight update."""
+        for row in (*self.running, *self.waiting):
+            self.abort(row.request)
+
+    def step(self) -> None:
+        """Advance every running row by one token, after letting waiting rows join."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            copy_pages(self.cache, self._admit())
+            if self.running:
+                self._advance()
+        self._seconds += time.perf_counter() - start
+
+    def stats(self) -> dict:
+        """Return totals since the engine was made. seconds is time spent in steps, tokens those of completions."""
+        per_s = {f"{name}_per_s": self._counts[name] / self._seconds if self._seconds else 0.0
+                 for name in ("requests", "tokens")}
+        return {**self._counts, "seconds": self._seconds, **per_s, "page_size": self.pool.page_size,
+                "pages_total": self.pool.total, "pages_peak": self.pool.peak}
+
+    def check(self) -> None:
+        """Raise RuntimeError when a page is lost: free + cached + live == total, and every live page has a row."""
+        self.pool.check()
+        held = {page for row in (*self.running, *self.waiting) for page in row.pages}
+        if len(held) != self.pool.live:
+            raise RuntimeError(f"rows hold {len(held)} pages, the pool counts {self.pool.live} live")
+
+    # --- inside a step ---
+
+    def _advance(self) -> None:
+        """Compute what is not yet computed, draw, and let go of the rows that end."""
+        rows = self.running
+        batch = build_batch(rows, self.pool.page_size, self.model.device)
+        logits = self.model.forward_paged(batch, self.cache)
+        drawing, source = [], []
+        for i, row in enumerate(rows):
+            samples = self._samples_of(row)
+            drawing += samples
+            source += [i] * len(samples)
+        if len(source) > len(rows):
+            logits = logits[torch.tensor(source, device=logits.device)]
+        for row, token, logprob in zip(drawing, *draw(logits, drawing, self.model.kernels.sample), strict=True):
+            row.accept(token, logprob, self.terminals)
+        running = set(rows)
+        self.running = [row for row in rows if not row.finish_reason]
+        born = [row for row in drawing if row not in running and not row.finish_reason]
+        self.waiting.extendleft(reversed(born))
+        self._retire([row for row in drawing if row.finish_reason])
+        self._counts["steps"] += 1
+
+    def _samples_of(self, row: Row) -> list[Row]:
+        """Mark the row's tokens as computed; if they were the prompt, hand its pages to the request's other samples."""
+        first, row.computed = row.is_prefill, len(row.tokens)
+        if not first:
+            return [row]
+        pages = row.pages[: self.pool.pages_for(row.computed)]
+        for sample in row.request.rows[1:]:
+            sample.pages, sample.computed = self.pool.share(pages), row.computed
+        return row.request.rows
+
+    def _admit(self) -> list[tuple[int, int]]:
+        """Let waiting rows join, oldest first; return the page copies to make before the forward."""
+        copies, budget = [], PREFILL_TOKENS
+        while self.waiting and len(self.running) < self.max_batch:
+            row = self.waiting[0]
+            tokens = len(row.tokens) - row.computed
+            fits = tokens <= budget or budget == PREFILL_TOKENS
+            own_copy = self._writes_shared_page(row)
+            if not fits or self._worst_case(row.request) - len(row.pages) + own_copy > self.pool.free:
+                break
+            budget -= tokens
+            self.running.append(self.waiting.popleft())
+            if own_copy:
+                shared, row.pages[-1] = row.pages[-1], self.pool.fork(row.pages[-1])
+                copies.append((shared, row.pages[-1]))
+            row.pages += self.pool.allocate(self._worst_case(row.request) - len(row.pages))
+            if row.is_prefill and len(row.request.rows) > 1:
+                break  # its samples wait next, holding its pages; those of two prompts could starve each other
+        return copies
+
+    def _writes_shared_page(self, row: Row) -> bool:
+        return row.computed % self.pool.page_size > 0 and self.pool.shared(row.pages[-1])
+
+    def _worst_case(self, request: Request) -> int:
+        """Return the pages of one sample at its longest; its last token is never computed."""
+        return self.pool.pages_for(request.limit - 1)
+
+    def _retire(self, rows: list[Row]) -> None:
+        for row in rows:
+            self.pool.release(row.pages)
+            row.pages = []
+            self._counts["tokens"] += len(row.mask)
+        self._counts["requests"] += len({row.request for row in rows if row.request.done})
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        vocab = self.model.config.vocab_size
+        if not prompt:
+            raise UserError("a prompt must have at least 1 token, got 0")
+        if len(prompt) > self.context:
+            raise UserError(f"a prompt must fit the context of {self.context} tokens, got {len(prompt)}")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise UserError(f"prompt tokens must be ids from 0 to {vocab - 1}, got {min(prompt)} to {max(prompt)}")
+
+    def _finish_all(self, requests: list[Request], progress: bool) -> None:
+        rows = [row for request in requests for row in request.rows]
+        try:
+            with tqdm(total=len(rows), desc="generate", unit="row", disable=None if progress else True) as bar:
+                while unfinished := sum(not row.finish_reason for row in rows):
+                    bar.update(len(rows) - unfinished - bar.n)
+                    self.step()
+                bar.update(len(rows) - bar.n)
+        finally:
+            for request in requests:
+                self.abort(request)
