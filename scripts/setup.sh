@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+PATH=${PATH//"$PWD/.venv/bin:"/}  # an activated .venv must not become the python that .venv is made with
 stamp=.venv/.setup-stamp
 py=.venv/bin/python
 
@@ -72,28 +73,30 @@ PY
 }
 
 make_venv() {
-    local base=$1
-    if [ -x "$py" ] && "$py" -c 'import pip' 2>/dev/null && ! asks_for_another_python; then
+    if "$py" -m pip --version >/dev/null 2>&1 && [ ! -f .venv/.unfinished ] && ! asks_for_another_python; then
         return
     fi
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
         die "$base has no venv module; install it (Debian and Ubuntu: apt install python3-venv)"
     say "making .venv with $("$base" --version)"
     find .venv -mindepth 1 -maxdepth 1 ! -name .setup-lock -exec rm -rf {} +
-    if [ -n "$(torch_of "$base")" ]; then
-        say "using the torch $(torch_of "$base") that $base provides"
-        "$base" -m venv --system-site-packages .venv
-        lend_packages "$base"
-    else
-        "$base" -m venv .venv
-    fi
+    touch .venv/.unfinished
+    "$base" -m venv .venv
+    rm .venv/.unfinished
 }
 
-# --system-site-packages shows what the real interpreter has; when $base is itself a virtual environment, its own
-# packages stay hidden without this line.
-lend_packages() {
-    "$1" -c 'import sys, sysconfig; sys.prefix != sys.base_prefix and print(sysconfig.get_path("purelib"))' |
-        sed '/^$/d' >"$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+# Put the package folders of $base behind .venv's own. Not --system-site-packages: that is blind to the packages of a
+# $base that is itself a virtual environment, and pip would leave out of .venv what the outer python has already.
+borrow_torch() {
+    local found minor='import sys; print(sys.version_info[:2])'
+    found=$(torch_of "$base")
+    [ -n "$found" ] && [ "$("$base" -c "$minor")" = "$("$py" -c "$minor")" ] || return 0
+    say "using the torch $found that $base provides"
+    "$base" -c 'import sys
+for path in sys.path:
+    if path.endswith("-packages"):
+        print(f"import site; site.addsitedir({path!r})")' \
+        >"$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base-python.pth"
 }
 
 pip_install() {
@@ -108,6 +111,7 @@ pip_install() {
 
 install_packages() {
     pip_install "the packages of scripts/requirements.lock" --require-hashes -r scripts/requirements.lock
+    [ -n "$(torch_of "$py")" ] || borrow_torch
     if [ -z "$(torch_of "$py")" ]; then
         pip_install "torch and triton (about 3 GB with CUDA: minutes)" "torch>=2.9"
     fi
@@ -118,25 +122,26 @@ install_packages() {
 }
 
 build_rustbpe() {
-    say "building rustbpe (release)"
+    say "building rustbpe in release mode (about half a minute)"
     # CONDA_PREFIX beside VIRTUAL_ENV is refused by maturin; the lock (fd 9) must not pass to a compiler cache daemon
-    env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/.venv" "$py" -m maturin develop --release --quiet \
-        -m rustbpe/Cargo.toml 9>&- ||
+    env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/.venv" "$py" -m maturin develop --release -m rustbpe/Cargo.toml \
+        >.venv/rustbpe-build.log 2>&1 9>&- || {
+        cat .venv/rustbpe-build.log >&2
         die "rustbpe did not build with $(cargo --version) (the compiler's words are above);" \
             "the first build needs a network, and an old cargo is renewed by: rustup update"
+    }
 }
 
 check_imports() {
     "$py" - <<'PY' || die "the packages are installed but do not work (see above); remove .venv and run this again"
 import sys
-from importlib.metadata import packages_distributions
 
 import numpy, pyarrow, torch, triton, rustbpe
 
 # the source folder rustbpe/ imports as an empty package, and the package index has a rustbpe of another make
-owners = packages_distributions().get("rustbpe")
-if not hasattr(rustbpe, "Tokenizer") or owners != ["nanochat-rustbpe"]:
-    sys.exit(f"rustbpe comes from {owners}, not from this checkout; try: {sys.executable} -m pip uninstall rustbpe")
+home = getattr(rustbpe, "__file__", None)
+if not hasattr(rustbpe, "__build__") or not home.startswith(sys.prefix):
+    sys.exit(f"rustbpe must be the one built here in {sys.prefix}, found {home}")
 print(f"setup: python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}, numpy "
       f"{numpy.__version__}, {torch.cuda.device_count()} GPUs")
 PY
@@ -161,7 +166,7 @@ if ! flock --nonblock 9; then
     is_current && exit
 fi
 rm -f "$stamp"
-make_venv "$base"
+make_venv
 target=$(state_hash)  # before the work: a source edited during it must not count as built
 install_packages
 build_rustbpe

@@ -8,16 +8,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "cat", "chmod", "cp", "cut", "dirname", "env", "find", "flock", "mkdir", "mv", "rm", "sed",
-         "sha256sum", "sort", "uname", "xargs")
+         "sha256sum", "sort", "touch", "uname", "xargs")
 
 FAKE_PYTHON = """#!/bin/bash
 echo "$*" >>"$LOG"
 case "$1 ${2:-}" in
     "-m venv") target="${@: -1}"; mkdir -p "$target/bin" "$target/lib"; cp "$0" "$target/bin/python"
-               echo "version = 3.12.0" >"$target/pyvenv.cfg" ;;
-    "-m pip") exit "${PIP_EXIT:-0}" ;;
-    "- ") cat >/dev/null; echo "${TORCH:-}" ;;
+               echo "version = 3.12.0" >"$target/pyvenv.cfg"; exit "${VENV_EXIT:-0}" ;;
+    "-m pip") [ "$3" = --version ] || exit "${PIP_EXIT:-0}" ;;
+    "- ") cat >/dev/null
+          if [[ "$0" != *.venv* ]] || [ -f .venv/lib/base-python.pth ]; then echo "${TORCH:-}"; fi ;;
     *purelib*) echo "$PWD/.venv/lib" ;;
+    *addsitedir*) echo "packages of the outer python" ;;
 esac
 """
 
@@ -80,7 +82,7 @@ def checkout(tmp_path):
 def test_first_run_installs_and_the_second_starts_nothing(checkout):
     code, out, err = checkout.run()
     assert (code, err) == (0, "") and "setup: done" in out
-    assert [call.split(" ")[2:3] for call in checkout.calls("-m ") if "venv" not in call] == [
+    assert [call.split(" ")[2:3] for call in checkout.calls("-m ") if "install" in call or "maturin" in call] == [
         ["install"], ["install"], ["develop"]]
     assert checkout.run() == (0, "", "")
     assert checkout.calls("") == []
@@ -95,9 +97,8 @@ def test_locked_packages_are_checked_by_hash_and_torch_is_a_range(checkout):
 def test_a_torch_that_python_provides_is_not_installed_again(checkout):
     code, out, _ = checkout.run(TORCH="2.15.0")
     assert code == 0 and "using the torch 2.15.0 that python3 provides" in out
-    calls = checkout.calls("")
-    assert "-m venv --system-site-packages .venv" in calls
-    assert not [call for call in calls if "torch>=" in call]
+    assert (checkout.folder / ".venv/lib/base-python.pth").read_text() == "packages of the outer python\n"
+    assert not checkout.calls("torch>=")
 
 
 @pytest.mark.parametrize("name", ["rustbpe/src/lib.rs", "rustbpe/core/src/new.rs", "rustbpe/Cargo.toml",
@@ -154,6 +155,20 @@ def test_a_venv_whose_python_is_gone_is_made_again(checkout):
     (checkout.folder / ".venv/bin/python").unlink()
     assert checkout.run()[0] == 0
     assert len(checkout.calls("-m venv")) == 2
+
+
+def test_a_venv_that_was_interrupted_half_made_is_made_again(checkout):
+    assert checkout.run(VENV_EXIT="1")[0] == 1
+    assert checkout.run()[0] == 0
+    assert len(checkout.calls("-m venv")) == 2
+
+
+def test_an_activated_venv_is_not_made_with_itself(checkout):
+    checkout.run()
+    venv_bin = checkout.folder / ".venv/bin"
+    (venv_bin / "python3").symlink_to("python")
+    checkout.write(".venv/.unfinished", "")
+    assert checkout.run(PATH=f"{venv_bin}:{checkout.bin}")[0] == 0
 
 
 def test_missing_cargo_says_how_to_get_it(checkout):
