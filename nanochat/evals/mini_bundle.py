@@ -16,7 +16,7 @@ from nanochat.tasks.words import COMMON
 
 ITEMS = 100  # per task; the standard error of an accuracy is at most 5 points
 
-_NAMES = "item value name key path line node data text result other index size start file code args func obj field".split()
+_NAMES = "item value name key path line node data text result other index size start file code func obj field".split()
 
 # (text before, how Python goes on, how it does not), with {} for a name
 _SYNTAX = (
@@ -42,7 +42,7 @@ _ENDINGS = (
     ("except ValueError", "def {}", "as err:"),
     ("while {}", "from {}", "< 10:"),
 )
-_VOWEL_NOUNS = "integer object exception error iterator argument instance iterable element address encoding item".split()
+_VOWEL_NOUNS = "integer object exception error iterator argument instance iterable element address item".split()
 _CONSONANT_NOUNS = "string list tuple function class file method module dictionary number sequence value".split()
 _BEFORE_NOUNS = ("Return {}", "This is {}", "It must be {}", "Create {}", "If it is {}", "Convert it to {}")
 # (context, continuation) with {} for a name; the continuation follows one space
@@ -113,7 +113,8 @@ def _repeat(rng: random.Random) -> dict:
 
 def _count(rng: random.Random) -> dict:
     first, step, length = rng.randrange(1, 60), rng.choice((1, 1, 1, 2, 10)), rng.randrange(4, 7)
-    return {"context": " ".join(str(first + step * i) for i in range(length)), "continuation": str(first + step * length)}
+    *shown, following = (str(first + step * i) for i in range(length + 1))
+    return {"context": " ".join(shown), "continuation": following}
 
 
 def _syntax_choice(rng: random.Random) -> dict:

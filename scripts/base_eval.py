@@ -1,0 +1,142 @@
+"""Examine a base model: bits per byte, an evaluation bundle (the mini bundle by default), samples.
+
+python -m scripts.base_eval
+python -m scripts.base_eval --bundle ~/.cache/nanochat/eval_bundle
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from nanochat.common import Runtime, UserError, close_runtime, init_runtime, print0, run_script
+from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import open_dataset
+from nanochat.engine import Engine, SamplingParams
+from nanochat.evals.bpb import evaluate_bpb, token_counts, unigram_bpb
+from nanochat.evals.core import TaskResult, evaluate_bundle, load_bundle
+from nanochat.evals.mini_bundle import write_mini_bundle
+from nanochat.load import add_checkpoint_flags, add_device_flags, load_model
+from nanochat.report import Report
+
+PARTS = ("bpb", "bundle", "samples")
+SAMPLE_TOKENS = 16
+# nanochat's seven, then three that suit a model trained on Python's documentation
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+    "Return the number of",
+    "This function is used to",
+    "    def __init__(self,",
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_checkpoint_flags(parser)
+    add_device_flags(parser)
+    parser.add_argument("--eval", default=",".join(PARTS), help=f"what to do, out of {','.join(PARTS)}")
+    parser.add_argument("--data", default=None, help="text for bits per byte; default: what the model was trained on")
+    parser.add_argument("--eval-tokens", type=int, default=20 * 524288, help="tokens per split for bits per byte")
+    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per rank and forward pass")
+    parser.add_argument("--unigram-tokens", type=int, default=1_000_000,
+                        help="most training tokens to fit the token unigram on, for comparison; 0 = no unigram")
+    parser.add_argument("--bundle", type=Path, default=None, help="evaluation bundle folder; default: the mini bundle")
+    parser.add_argument("--max-per-task", type=int, default=None, help="most items per task of the bundle")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    parts = args.eval.split(",")
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--eval takes {', '.join(PARTS)} with commas between, got {part!r}")
+    for flag in ("eval_tokens", "device_batch_size", "max_per_task"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    runtime = init_runtime(args.device)
+    bundle = None
+    if "bundle" in parts:  # read first: a broken bundle should not cost the rest of the evaluation
+        bundle = load_bundle(args.bundle or write_mini_bundle())
+    model, tokenizer, state = load_model("base", device=runtime.device, kernels=args.kernels, dtype=args.dtype,
+                                         depth=args.depth, step=args.step)
+    scores, section = {}, {"Step": state["step"]}
+    if "bpb" in parts:
+        measured = _bits_per_byte(args, runtime, model, tokenizer, state)
+        for name, value in measured.items():
+            print0(f"{name}: {value:.4f}")
+        scores |= {"val_bpb": measured["validation bpb"], "train_bpb": measured["training bpb"]}
+        section |= measured
+    if bundle:
+        result = evaluate_bundle(model, tokenizer, bundle, max_len=model.config.sequence_len,
+                                 max_per_task=args.max_per_task, runtime=runtime, on_task=_print_task)
+        print0(f"{result.name}: {result.score:.4f}")
+        scores[result.name] = result.score
+        section |= {result.name: result.score, "Bundle": [vars(task) for task in result.tasks]}
+    if "samples" in parts and runtime.is_main:
+        section["Samples"] = _samples(model, tokenizer)
+    if runtime.is_main:
+        Report().scores("base", scores)
+        Report().section("Base evaluation", section)
+    close_runtime()
+
+
+def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer, state: dict) -> dict[str, float]:
+    """Bits per byte of both splits, and of a unigram fitted on the training tokens, by name."""
+    dataset = open_dataset(args.data or state["args"]["data"])
+    B, T, token_bytes = args.device_batch_size, model.config.sequence_len, tokenizer.token_bytes()
+    per_batch = B * T * runtime.world_size
+    n_batches = max(1, args.eval_tokens // per_batch)
+
+    def loader(split: str) -> PretrainLoader:
+        return PretrainLoader(dataset, split, tokenizer, B, T, rank=runtime.rank, world_size=runtime.world_size,
+                              device=runtime.device)
+
+    def over(split: str, measure, *rest):
+        batches = loader(split)
+        try:
+            return measure(batches, *rest)
+        finally:
+            batches.close()
+
+    def bpb(split: str) -> float:
+        return over(split, lambda batches: evaluate_bpb(model, batches, n_batches, token_bytes, runtime))
+
+    def counts(split: str, n: int):
+        own = over(split, token_counts, n, tokenizer.vocab_size)
+        return runtime.all_reduce(torch.from_numpy(own).to(runtime.device)).cpu().numpy()
+
+    found = {"training bpb": bpb("train"), "validation bpb": bpb("val")}
+    if args.unigram_tokens > 0:
+        fitted = min(args.unigram_tokens, state["step"] * state["args"]["total_batch_size"])
+        unigram = unigram_bpb(counts("train", -(-fitted // per_batch)), counts("val", n_batches), token_bytes)
+        found["unigram validation bpb"] = unigram
+        found["below unigram %"] = 100 * (1 - found["validation bpb"] / unigram)
+    return found
+
+
+def _print_task(result: TaskResult) -> None:
+    print0(f"{result.label:32s} items {result.items:5d}  accuracy {result.accuracy:.4f}  "
+           f"centered {result.centered:+.4f}  {result.seconds:.1f} s")
+
+
+def _samples(model, tokenizer) -> list[dict[str, str]]:
+    """Greedy continuations of the fixed prompts, printed as they are reported."""
+    engine = Engine(model, tokenizer, tools="off", max_batch=len(PROMPTS))
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    completions = engine.generate(prompts, SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.0))
+    rows = [{"prompt": prompt, "continuation": completion.text}
+            for prompt, [completion] in zip(PROMPTS, completions, strict=True)]
+    for row in rows:
+        print0(f"{row['prompt']}|{row['continuation']}")
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(parse_args, main)
