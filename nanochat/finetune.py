@@ -57,11 +57,13 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
         print0(f"{stage}: already finished, nothing to do")
         return close_runtime()
     train = loader(train_task, trainer.data_state)
-    trainer.run(LoaderBatches(train, accumulation))
-    if runtime.is_main:
+
+    def report() -> None:
         facts = training_facts(trainer, schedule, args.rows_per_step, accumulation)
         Report().section(title, {"Started from": identity["source"], "Conversations": len(train_task),
                                  "Tasks": args.tasks, **facts})
+
+    trainer.run(LoaderBatches(train, accumulation), when_done=report)
     close_runtime()
 
 

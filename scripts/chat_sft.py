@@ -17,7 +17,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    finetune("sft", "Chat SFT", args, pack=False, warmdown=1.0, momentum_steps=0)
+    finetune("sft", "SFT", args, pack=False, warmdown=1.0, momentum_steps=0)
 
 
 if __name__ == "__main__":
