@@ -20,6 +20,7 @@ from nanochat.load import add_checkpoint_flags, add_device_flags, load_model
 from nanochat.report import Report
 
 PARTS = ("bpb", "bundle", "samples")
+EVAL_STEPS = 20  # 20 * 524,288 tokens for d20, as in nanochat
 SAMPLE_TOKENS = 16
 # nanochat's seven, then three that suit a model trained on Python's documentation
 PROMPTS = (
@@ -42,7 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_device_flags(parser)
     parser.add_argument("--eval", default=",".join(PARTS), help=f"what to do, out of {','.join(PARTS)}")
     parser.add_argument("--data", default=None, help="text for bits per byte; default: what the model was trained on")
-    parser.add_argument("--eval-tokens", type=int, default=20 * 524288, help="tokens per split for bits per byte")
+    parser.add_argument("--eval-tokens", type=int, default=None,
+                        help=f"tokens per split for bits per byte; default: {EVAL_STEPS} training steps' worth")
     parser.add_argument("--device-batch-size", type=int, default=32, help="rows per rank and forward pass")
     parser.add_argument("--unigram-tokens", type=int, default=1_000_000,
                         help="most training tokens to fit the token unigram on, for comparison; 0 = no unigram")
@@ -92,7 +94,8 @@ def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer,
     dataset = open_dataset(args.data or state["args"]["data"])
     B, T, token_bytes = args.device_batch_size, model.config.sequence_len, tokenizer.token_bytes()
     per_batch = B * T * runtime.world_size
-    n_batches = max(1, args.eval_tokens // per_batch)
+    step_tokens = state["args"]["total_batch_size"]
+    n_batches = max(1, (args.eval_tokens or EVAL_STEPS * step_tokens) // per_batch)
 
     def loader(split: str) -> PretrainLoader:
         return PretrainLoader(dataset, split, tokenizer, B, T, rank=runtime.rank, world_size=runtime.world_size,
@@ -114,7 +117,7 @@ def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer,
 
     found = {"training bpb": bpb("train"), "validation bpb": bpb("val")}
     if args.unigram_tokens > 0:
-        fitted = min(args.unigram_tokens, state["step"] * state["args"]["total_batch_size"])
+        fitted = min(args.unigram_tokens, state["step"] * step_tokens)
         unigram = unigram_bpb(counts("train", -(-fitted // per_batch)), counts("val", n_batches), token_bytes)
         found["unigram validation bpb"] = unigram
         found["below unigram %"] = 100 * (1 - found["validation bpb"] / unigram)

@@ -1,4 +1,4 @@
-"""Examine a chat model on held-out problems: python -m scripts.chat_eval -i sft
+"""Examine a chat model on held-out problems: python -m scripts.chat_eval sft
 
 Categorical tasks compare the logits of the letters; generative ones sample an answer, with the calculator unless
 --tools off takes it away.
@@ -18,7 +18,8 @@ TITLES = {"mid": "Mid evaluation", "sft": "SFT evaluation", "rl": "RL evaluation
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-i", "--stage", required=True, choices=list(TITLES), help="stage of the model")
+    parser.add_argument("stage", nargs="?", choices=list(TITLES), help="stage of the model")
+    parser.add_argument("-i", "--stage", dest="stage_flag", choices=list(TITLES), help="the same as a flag")
     add_checkpoint_flags(parser)
     add_device_flags(parser)
     parser.add_argument("--tasks", default=",".join(TASKS), help="task names with commas between; default: all")
@@ -30,7 +31,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device-batch-size", type=int, default=64, help="rows that the model works on at once")
     parser.add_argument("--tools", default="calculator", choices=["calculator", "off"], help="what the model may call")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.stage is None) == (args.stage_flag is None):
+        parser.error(f"say one stage, {', '.join(TITLES)}: python -m scripts.chat_eval sft")
+    args.stage = args.stage or args.stage_flag
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

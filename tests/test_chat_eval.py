@@ -294,6 +294,15 @@ def test_user_mistakes_are_one_sentence(base, program, argv, message):
     assert str(error.value) == message
 
 
+def test_the_stage_is_said_once(capsys):
+    assert chat_eval.parse_args(["mid"]).stage == chat_eval.parse_args(["-i", "mid"]).stage == "mid"
+    for argv in ([], ["sft", "-i", "rl"], ["base"]):
+        with pytest.raises(SystemExit) as stopped:
+            chat_eval.parse_args(argv)
+        assert stopped.value.code == 2
+    assert "say one stage, mid, sft, rl" in capsys.readouterr().err
+
+
 def test_a_stage_without_a_checkpoint_is_named(base):
     with pytest.raises(UserError, match="^stage rl has no checkpoint in .*; train it first$"):
         run(chat_eval, "-i", "rl")
