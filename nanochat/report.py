@@ -23,8 +23,7 @@ from nanochat.environment import dollars_per_hour, environment, git
 
 STAGES = {"base": "Base training", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
 SECTIONS = ("Tokenizer training", "Tokenizer evaluation", "Base training", "Base evaluation", "Mid-training",
-            "Mid evaluation", "SFT", "SFT evaluation", "RL", "RL evaluation", "Engine")  # fmt: skip
-FIRST_METRICS, LAST_METRICS = ("val_bpb", "CORE"), ("ChatCORE",)
+            "Mid evaluation", "SFT", "SFT evaluation", "RL", "RL evaluation")  # fmt: skip
 
 # nanochat's own speedrun on 8x H100, as its README of November 2025 reports it (RL was run on GSM8K only)
 NANOCHAT_D20 = {
@@ -237,7 +236,7 @@ def _render(content: _Content, facts: dict, preset: str | None, images: dict[str
     blocks += ["## Wall-clock", _wall_clock(content.timing, preset)]
     slugs = {_slug(name): name for name in SECTIONS}
     missing = []
-    for slug in [*slugs, *(slug for slug in content.sections if slug not in slugs)]:
+    for slug in sorted({*slugs, *content.sections}, key=lambda slug: (_place(slug, list(slugs)), slug)):
         stage = next((stage for stage, title in STAGES.items() if _slug(title) == slug), None)
         section = content.sections.get(slug)
         if section is None and stage not in content.last_steps:
@@ -255,6 +254,12 @@ def _render(content: _Content, facts: dict, preset: str | None, images: dict[str
     if content.problems:
         blocks += ["## Could not be read", "\n".join(f"- {_escape(problem)}" for problem in content.problems)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _place(slug: str, known: list[str]) -> int:
+    """Return where a section belongs: at its own place, after the one whose name it extends, or at the end."""
+    fits = [index for index, name in enumerate(known) if f"{slug}-".startswith(f"{name}-")]
+    return max(fits, key=lambda index: len(known[index]), default=len(known))
 
 
 def _kernels(content: _Content) -> dict[str, str]:
@@ -277,9 +282,8 @@ def _score_table(scores: dict[str, dict], preset: str | None) -> str:
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
     if not names:
         return "No stage was evaluated."
-    middle = [name for name in names if name not in FIRST_METRICS + LAST_METRICS]
-    ordered = [name for name in (*FIRST_METRICS, *middle, *LAST_METRICS) if name in names]
-    rows = [{"Metric": name} | {stage.upper(): scores[stage].get(name, "-") for stage in STAGES} for name in ordered]
+    names.sort(key=lambda name: (name.startswith("ChatCORE"), name != "CORE"))  # the rest stays as it came
+    rows = [{"Metric": name} | {stage.upper(): scores[stage].get(name, "-") for stage in STAGES} for name in names]
     if preset != "d20":
         return _table(rows)
     for row in rows:

@@ -64,8 +64,8 @@ GOLDEN = """\
 
 | Metric | BASE | MID | SFT | RL |
 |---|---:|---:|---:|---:|
-| val_bpb | 1.8125 | - | - | - |
 | CORE | n/a | - | - | - |
+| val_bpb | 1.8125 | - | - | - |
 | Sums | - | 0.2500 | 0.9700 | - |
 | ChatCORE | - | 0.1000 | 0.5000 | - |
 
@@ -116,6 +116,12 @@ The capital of France is
 
 Done &lt;\\|assistant_end\\|> in one go.
 
+## SFT evaluation, tool off
+
+| | |
+|---|---|
+| Accuracy | 0.1250 |
+
 ## My own section
 
 | a |
@@ -131,13 +137,13 @@ Done &lt;\\|assistant_end\\|> in one go.
 - SFT evaluation
 - RL
 - RL evaluation
-- Engine
 """
 
 
 def test_fixed_inputs_give_a_fixed_report(report):
     report.reset("tiny")
     report.section("My own section", [{"a": 1}])
+    report.section("SFT evaluation, tool off", {"Accuracy": 0.125})
     report.section("SFT", "Done <|assistant_end|> in one go.")
     report.section("Base training", {
         "Parameters": 7_340_032, "Steps": 250, "Tokens per parameter": 0.07, "Note": "not converged by design",
