@@ -21,7 +21,8 @@ def newton_schulz_eager(g: torch.Tensor, coefficients: tuple = QUINTIC) -> torch
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + EPS)
     for a, b, c in coefficients:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
