@@ -12,6 +12,8 @@ from nanochat.stage import accumulation_steps, add_training_flags, make_trainer,
 from nanochat.tasks import parse_mixture
 from nanochat.train import LoaderBatches, Schedule
 
+PAD_MULTIPLE = 16  # of a padded row's length: conversations of 20 to 75 tokens waste a third of a multiple of 64
+
 
 def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, mixture: str, rows: int, device_batch_size: int,
                        lr_scale: float) -> None:
@@ -38,7 +40,8 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
 
     def loader(task, state: dict | None = None) -> ConversationLoader:
         return ConversationLoader(task, tokenizer, args.device_batch_size, T, pack=pack, shuffle_seed=args.seed,
-                                  rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, state=state)
+                                  rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, state=state,
+                                  pad_multiple=PAD_MULTIPLE)
 
     def evaluate(step: int) -> dict:
         batches = loader(val_task)

@@ -161,21 +161,27 @@ class Trainer:
         return self.finished
 
     def _check_identity(self, path: Path, saved: dict) -> None:
-        for key in self.identity.keys() | saved.keys():
+        for key in dict.fromkeys((*self.identity, *saved)):
             if self.identity.get(key) != saved.get(key):
                 raise UserError(f"checkpoint {path} was made with {key} = {saved.get(key)}, this run has "
                                 f"{self.identity.get(key)}; resume with the same or move the folder away")
 
     # --- the loop ---
 
-    def run(self, batches: Batches) -> None:
-        """Train to the last step; on SIGTERM save at the step's end and exit with EXIT_STOPPED."""
+    def run(self, batches: Batches, when_done: Callable[[], None] | None = None) -> None:
+        """Train to the last step; on SIGTERM save at the step's end and exit with EXIT_STOPPED.
+
+        when_done runs on rank 0 just before the last checkpoint, so that a kill never leaves a finished stage without
+        its report section.
+        """
         log = MetricsLog(self.stage, resume_step=self.resumed_from, enabled=self.runtime.is_main,
                          wandb_run=self.wandb_run)
         stop = StopRequest()
         try:
             while True:
                 self._evaluate_if_due(log)
+                if self.finished and when_done is not None and self.runtime.is_main:
+                    when_done()
                 if self._due(self.save_every) and self.progress.step != self.resumed_from:
                     self.save(batches)
                 if self.finished:

@@ -65,9 +65,11 @@ def main(args: argparse.Namespace) -> None:
         print0("base: already finished, nothing to do")
         return close_runtime()
     train = loader("train", trainer.data_state)
-    trainer.run(LoaderBatches(train, accumulation))
-    if runtime.is_main:
+
+    def report() -> None:
         Report().section("Base training", _facts(args, trainer, schedule, accumulation, dataset, train.stats))
+
+    trainer.run(LoaderBatches(train, accumulation), when_done=report)
     close_runtime()
 
 

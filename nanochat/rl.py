@@ -1,0 +1,213 @@
+"""Reinforcement learning: sample answers, reward them, push up the tokens of those better than their siblings.
+
+On-policy, one update per batch of rollouts. A sampled token's loss is -log p x advantage, the advantage being the
+answer's reward minus the mean reward of all answers to the same problem; the sum is divided by the number of sampled
+tokens of the whole step. No KL term, no ratio, no clipping, no division by the standard deviation. Tokens of the prompt
+and of tool output were not chosen by the model and carry no loss. Source: nanochat (Nov 2025), chat_rl.
+"""
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from nanochat.common import Runtime, UserError
+from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.tasks import Task
+
+PASS_AT = 8  # pass@k is measured for k = 1..8
+PAD_MULTIPLE = 16  # rows are padded to a multiple of this, so that few widths occur
+MAX_SEED = 2**63 - 1
+
+# P problems of this rank, S samples of each, B rows, T tokens
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How a step's answers are sampled. top_k 0 keeps the whole vocabulary, which alone is exactly on-policy.
+
+    permute_advantages hands every answer the advantage of a random other one: the control that must not learn.
+    """
+
+    examples_per_step: int  # problems over all ranks
+    num_samples: int  # answers per problem
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    seed: int = 42
+    permute_advantages: bool = False
+
+    def __post_init__(self):
+        least = {"examples_per_step": 1, "num_samples": 2, "max_tokens": 1, "top_k": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                why = " (the only answer to a problem has advantage 0)" if name == "num_samples" else ""
+                raise UserError(f"--{name.replace('_', '-')} must be at least {low}{why}, got {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError("--temperature must be a number above 0 (equal answers have advantage 0), got "
+                            f"{self.temperature}")
+
+    def params(self, *key: int) -> SamplingParams:
+        """Return what the engine needs to answer one problem; `key` and the run's seed make its seed."""
+        return SamplingParams(self.max_tokens, self.temperature, self.top_k or None, derive_seed(self.seed, *key),
+                              self.num_samples)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer as a row to train on: ids of prompt and answer, which of them the model chose, the advantage."""
+
+    ids: list[int]
+    sampled: list[bool]
+    advantage: float
+
+
+class RolloutBatches:
+    """A step's micro-batches (nanochat.train.Batches): answers to the next problems, sampled with the current weights.
+
+    Problems come in the task's order, over and over; rank r takes every W-th of a step. Rows of similar length share
+    a micro-batch of up to `rows_per_batch`.
+    """
+
+    def __init__(self, task: Task, engine: Engine, settings: RolloutSettings, rows_per_batch: int,
+                 runtime: Runtime, state: dict | None = None):
+        if task.kind != "generative":
+            raise UserError(f"--task must be one whose answers are sampled and rewarded, {task.name} is {task.kind}")
+        if settings.examples_per_step % runtime.world_size:
+            raise UserError(f"--examples-per-step must be a multiple of ranks {runtime.world_size}, got "
+                            f"{settings.examples_per_step}")
+        if rows_per_batch < 1:
+            raise UserError(f"--device-batch-size must be at least 1, got {rows_per_batch}")
+        self.task, self.engine, self.settings = task, engine, settings
+        self.rows_per_batch, self.runtime = rows_per_batch, runtime
+        self._next = 0 if state is None else state["next_problem"]
+        self._metrics: dict = {}
+
+    def micro_batches(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return (x, y, weight) of this rank's answers: y = -1 on tokens not sampled, weight the advantages (B, T)."""
+        started = time.perf_counter()
+        first, per_step = self._next, self.settings.examples_per_step
+        step = first // per_step
+        numbers = range(first + self.runtime.rank, first + per_step, self.runtime.world_size)
+        conversations = [self.task[number % len(self.task)] for number in numbers]
+        self.engine.reset()  # keys and values of the previous weights
+        answers = sample_answers(self.engine, conversations, [self.settings.params(step, n) for n in numbers])
+        rewards = torch.tensor([[self.task.reward(conversation, answer) for answer in samples]
+                                for conversation, samples in zip(conversations, answers, strict=True)],
+                               dtype=torch.float64)  # (P, S)
+        advantages = (rewards - rewards.mean(dim=1, keepdim=True)).flatten().tolist()
+        if self.settings.permute_advantages:
+            random.Random(derive_seed(self.settings.seed, step, self.runtime.rank)).shuffle(advantages)
+        self._next += per_step
+        self._metrics = self._measure(rewards, answers, time.perf_counter() - started)
+        prompts = [self.engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
+        end = self.engine.tokenizer.special_id("<|assistant_end|>")
+        pairs = [(prompt, answer) for prompt, samples in zip(prompts, answers, strict=True) for answer in samples]
+        rows = [to_rollout(*pair, advantage, end) for pair, advantage in zip(pairs, advantages, strict=True)]
+        return self._collate(sorted(rows, key=lambda row: len(row.ids)))
+
+    def metrics(self) -> dict:
+        """Return the step's mean reward, the part of the problems answered both better and worse, and lengths."""
+        return self._metrics
+
+    def state_dict(self) -> dict:
+        return {"next_problem": self._next}
+
+    def close(self) -> None:
+        self.engine.reset()
+
+    def _measure(self, rewards: torch.Tensor, answers: list[list[Completion]], seconds: float) -> dict:
+        tokens = sum(sum(answer.mask) for samples in answers for answer in samples)
+        stopped = sum(answer.finish_reason == "stop" for samples in answers for answer in samples)
+        mixed = int((rewards.amax(dim=1) > rewards.amin(dim=1)).sum())
+        sums = torch.tensor([float(rewards.sum()), tokens, stopped, rewards.numel(), mixed, len(rewards)],
+                            dtype=torch.float64, device=self.runtime.device)
+        reward, tokens, stopped, n_answers, mixed, n_problems = self.runtime.all_reduce(sums).tolist()
+        return {"reward": reward / n_answers, "mixed": mixed / n_problems, "stopped": stopped / n_answers,
+                "answer_tokens": tokens / n_answers, "rollout_s": seconds}
+
+    def _collate(self, rows: Sequence[Rollout]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        chunks = (rows[i : i + self.rows_per_batch] for i in range(0, len(rows), self.rows_per_batch))
+        context, pad_id = self.engine.model.config.sequence_len, self.engine.tokenizer.bos_id
+        batches = [collate(chunk, context, pad_id) for chunk in chunks]
+        return [tuple(tensor.to(self.runtime.device) for tensor in batch) for batch in batches]
+
+
+def sample_answers(engine: Engine, conversations: Sequence[dict],
+                   params: list[SamplingParams]) -> list[list[Completion]]:
+    """Answer every conversation in one call of the engine; UserError when one cannot be answered."""
+    prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
+    answers = engine.generate(prompts, params)
+    for prompt, samples in zip(prompts, answers, strict=True):
+        for answer in samples:
+            if answer.finish_reason == "error":
+                raise UserError(f"rl: a problem of {len(prompt)} tokens could not be answered: {answer.error}")
+    return answers
+
+
+def to_rollout(prompt: list[int], answer: Completion, advantage: float, end_id: int) -> Rollout:
+    """Join prompt and answer. An answer that stopped gets its end token back: the model chose it, and must learn when.
+
+    The engine does not say which terminal token it was; a tuned model practically never stops by BOS.
+    """
+    stop = [end_id] if answer.finish_reason == "stop" else []
+    sampled = [False] * len(prompt) + [bool(m) for m in answer.mask] + [True] * len(stop)
+    return Rollout([*prompt, *answer.ids, *stop], sampled, advantage)
+
+
+def collate(rows: Sequence[Rollout], context: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad rows on the right -> x, y int64 and weight fp32, all (B, T) with T at most `context`."""
+    longest = max(len(row.ids) - 1 for row in rows)
+    width = min(context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+    x = torch.full((len(rows), width), pad_id)
+    y = torch.full((len(rows), width), -1)
+    weight = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        n = len(row.ids) - 1
+        ids = torch.tensor(row.ids)
+        x[i, :n] = ids[:-1]
+        y[i, :n] = ids[1:].where(torch.tensor(row.sampled[1:]), -1)
+        weight[i, :n] = row.advantage
+    return x, y, weight
+
+
+# --- pass@k ---------------------------------------------------------------------------------------
+
+
+def evaluate_pass_at_k(task: Task, engine: Engine, settings: RolloutSettings, runtime: Runtime) -> list[float]:
+    """Return pass@1 .. pass@8 over all problems of `task`, at temperature 1 with the same seeds at every call.
+
+    The unbiased estimate from 8 samples per problem: the chance that k of them drawn at random hold a right answer
+    (reward above 0). pass@1 is so the mean over all 8, less noisy than the first sample alone.
+    """
+    numbers = range(runtime.rank, len(task), runtime.world_size)
+    engine.reset()
+    sums = torch.zeros(PASS_AT, dtype=torch.float64)
+    if len(numbers):
+        params = [SamplingParams(settings.max_tokens, 1.0, settings.top_k or None, derive_seed(number), PASS_AT)
+                  for number in numbers]
+        conversations = [task[number] for number in numbers]
+        for conversation, samples in zip(conversations, sample_answers(engine, conversations, params), strict=True):
+            right = sum(task.reward(conversation, answer) > 0 for answer in samples)
+            sums += torch.tensor([pass_at(k, PASS_AT, right) for k in range(1, PASS_AT + 1)], dtype=torch.float64)
+    return (runtime.all_reduce(sums.to(runtime.device)) / len(task)).tolist()
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """Return the probability that k of n samples, `right` of them right, contain a right one."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def derive_seed(*key: int) -> int:
+    """Return a seed from 0 to 2^63 - 1 that depends on every number of the key; equal on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, key)).encode("ascii"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & MAX_SEED
+
+
+def rollout_identity(settings: RolloutSettings) -> dict:
+    """Return what a resumed run must sample alike; the run's seed is part of every stage's identity already."""
+    return {name: value for name, value in asdict(settings).items() if name != "seed"}
