@@ -24,7 +24,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import EXIT_STOPPED, Schedule, StopRequest, Trainer
 
-STAGES = ("base", "mid", "sft")
+STAGES = tuple(tiny.PROGRAMS)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_the_reference_learns_and_crosses_an_epoch(reference):
         rows = [row for row in outcome_["rows"] if "loss" in row]
         assert [row["step"] for row in rows] == list(range(1, N_STEPS + 1))
         assert len({row["loss"] for row in rows}) == N_STEPS, stage
-        assert rows[-1]["epoch"] >= 1
+        assert stage == "rl" or rows[-1]["epoch"] >= 1
+    rewards = [row["reward"] for row in reference[1]["rl"]["rows"] if "reward" in row]
+    assert len(set(rewards)) > 1, "advantages that are all zero would make the RL tests vacuous"
 
 
 @pytest.mark.parametrize("step", range(N_STEPS - 1))
@@ -122,6 +124,7 @@ def test_a_resumed_run_cuts_the_metrics_back_to_its_checkpoint(workplace, monkey
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_finished_stage_is_left_alone(reference, workplace, capsys, stage):
     folder, _ = workplace()
+    assert list((base_dir() / "report").glob(f"section_{stage}*.json"))
     before = {path: path.stat().st_mtime_ns for path in base_dir().rglob("*") if path.is_file()}
     train(stage, folder, "--resume", "auto")
     assert f"{stage}: already finished, nothing to do" in capsys.readouterr().out
@@ -158,6 +161,8 @@ def test_resume_none_refuses_an_existing_checkpoint(reference, workplace):
     ("sft", ["--tasks", "spelling=3"], "tasks", tiny.TASKS_FLAG, "spelling=3"),
     ("sft", ["--sequence-len", "32"], "sequence_len", "64", "32"),
     ("sft", ["--rows-per-step", "2"], "rows_per_step", "4", "2"),
+    ("rl", ["--num-samples", "2"], "num_samples", "4", "2"),
+    ("rl", ["--temperature", "0.5"], "temperature", "1.0", "0.5"),
 ])
 def test_another_run_under_the_same_name_is_refused_by_the_key(reference, workplace, stage, flags, key, was, now):
     folder, _ = workplace()

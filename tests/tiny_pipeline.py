@@ -34,7 +34,7 @@ FLAGS = {
     "rl": ["--task", "even-length", "--device-batch-size", "3", "--examples-per-step", "2", "--num-samples", "4",
            "--max-tokens", "6", "--eval-problems", "3", "--lr-scale", "1.0"],
 }
-TIMINGS = ("ms", "tok_per_s", "mfu", "rollout_ms")
+TIMINGS = ("ms", "tok_per_s", "mfu", "rollout_s")
 WORDS = ("apple", "river", "stone", "window", "seven", "bright", "carry", "under", "cloud", "mild", "forest", "lamp")
 
 
