@@ -11,7 +11,7 @@ from nanochat.engine import Engine, SamplingParams
 from nanochat.evals.chat import GENERATED_CHAT_CORE, ChatResult, chat_core, run_chat_eval
 from nanochat.load import add_checkpoint_flags, add_device_flags, load_model
 from nanochat.report import Report
-from nanochat.tasks import TASKS, make_task
+from nanochat.tasks import CHAT_CORE_TASKS, TASKS, make_task
 
 TITLES = {"mid": "Mid evaluation", "sft": "SFT evaluation", "rl": "RL evaluation"}
 
@@ -74,7 +74,7 @@ def _scores(results: list[ChatResult], tools: str) -> dict[str, float]:
     scores = {result.task + suffix: result.accuracy for result in results}
     scores |= {f"{result.task}, expression right{suffix}": result.expressions / result.problems
                for result in results if result.expressions is not None}
-    core = chat_core(results, list(TASKS)) if tools == "calculator" else None
+    core = chat_core(results, CHAT_CORE_TASKS) if tools == "calculator" else None
     return scores if core is None else scores | {GENERATED_CHAT_CORE: core}
 
 

@@ -260,6 +260,7 @@ def test_chat_eval_writes_scores_and_section(base, capsys):
     run(chat_eval, "-i", "sft", "--max-problems", "2", "--max-tokens", "4", "--tasks", "arithmetic", "--tools", "off")
     scores = read(base / "report" / "scores_sft.json")
     assert set(scores) == {"arithmetic", "arithmetic, expression right", "arithmetic-hard", "spelling", "identity",
+                           "sums", "sums, expression right",
                            "arithmetic-hard, expression right", "choice", "ChatCORE (generated tasks)",
                            "arithmetic, tool off", "arithmetic, expression right, tool off"}
     section = read(base / "report" / "section_sft-evaluation.json")["data"]
@@ -284,7 +285,7 @@ def test_without_all_tasks_there_is_no_chatcore(base):
     (base_eval, ["--max-per-task", "2", "--eval", "bundle"],
      "task repeat_choice needs more items than its 2 few-shot examples, and has 2 with at most 2 per task"),
     (chat_eval, ["-i", "sft", "--tasks", "arithmetic,chess"],
-     "unknown task 'chess': choose from arithmetic, arithmetic-hard, spelling, identity, choice"),
+     "unknown task 'chess': choose from arithmetic, sums, arithmetic-hard, spelling, identity, choice"),
     (chat_eval, ["-i", "sft", "--max-problems", "0"], "--max-problems must be at least 1, got 0"),
     (chat_eval, ["-i", "sft", "--temperature", "-1"], "temperature must be a finite number of at least 0, got -1.0"),
 ])

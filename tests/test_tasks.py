@@ -94,6 +94,12 @@ def test_the_reference_answer_is_right_and_an_empty_one_wrong(name):
         assert task.reward(conversation, Answer("no")) == 0.0
 
 
+def test_sums_are_held_out_with_the_arithmetic_they_are_part_of():
+    trained, asked = make_task("arithmetic", "train", N), make_task("sums", "test", N)
+    assert not {problem_key(trained, trained[i]) for i in range(N)} & {problem_key(asked, asked[i]) for i in range(N)}
+    assert all("+" in tool_calls(asked[i])[0][0] for i in range(50))
+
+
 @pytest.mark.parametrize("name", ["arithmetic", "arithmetic-hard"])
 def test_arithmetic_calls_compute_the_question(name):
     task = make_task(name, "train", 300)
@@ -236,7 +242,7 @@ def test_mixtures_of_the_tiny_preset_parse_and_repeat_nothing():
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: make_task("algebra", "train", 5),
-     "unknown task 'algebra': choose from arithmetic, arithmetic-hard, spelling, identity, choice"),
+     "unknown task 'algebra': choose from arithmetic, sums, arithmetic-hard, spelling, identity, choice"),
     (lambda: make_task("spelling", "dev", 5), "unknown split 'dev' of task spelling: choose from train, val, test"),
     (lambda: make_task("spelling", "train", 0), "task spelling needs at least one problem, not 0"),
     (lambda: parse_mixture("arithmetic=5,spelling", "train"),

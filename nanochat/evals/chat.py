@@ -107,7 +107,6 @@ def letter_ids(tokenizer, letters: Sequence[str]) -> list[int]:
 
 
 def chat_core(results: Sequence[ChatResult], tasks: Sequence[str]) -> float | None:
-    """Mean of the centered accuracies when every one of `tasks` was run, else None."""
-    if {result.task for result in results} != set(tasks):
-        return None
-    return sum(result.centered for result in results) / len(results)
+    """Mean of the centered accuracies of `tasks` when every one of them was run, else None."""
+    centered = {result.task: result.centered for result in results if result.task in tasks}
+    return sum(centered.values()) / len(centered) if len(centered) == len(tasks) else None

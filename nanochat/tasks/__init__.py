@@ -1,13 +1,15 @@
 """Tasks: what the model is taught to do in conversations and how its answers are judged."""
 
 from nanochat.common import UserError
-from nanochat.tasks.arithmetic import Arithmetic, HardArithmetic
+from nanochat.tasks.arithmetic import Arithmetic, HardArithmetic, Sums
 from nanochat.tasks.choice import MultipleChoice
 from nanochat.tasks.common import Answer, GeneratedTask, Task, TaskMixture, exchange
 from nanochat.tasks.identity import Identity
 from nanochat.tasks.spelling import Spelling
 
-TASKS = {task.name: task for task in (Arithmetic, HardArithmetic, Spelling, Identity, MultipleChoice)}
+TASKS = {task.name: task for task in (Arithmetic, Sums, HardArithmetic, Spelling, Identity, MultipleChoice)}
+# What the mean over all generated tasks counts; sums are a part of arithmetic already.
+CHAT_CORE_TASKS = tuple(name for name in TASKS if name != Sums.name)
 
 # Conversations per stage of the tiny preset. Mid-training shows every format once; supervised fine-tuning is
 # mostly the arithmetic that the tiny model is judged by, with few three-operand problems so that RL finds
@@ -15,8 +17,8 @@ TASKS = {task.name: task for task in (Arithmetic, HardArithmetic, Spelling, Iden
 MID_MIXTURE = "arithmetic=4000,arithmetic-hard=300,spelling=600,identity=300,choice=800"
 SFT_MIXTURE = "arithmetic=5000,arithmetic-hard=300,spelling=400,identity=300,choice=800"
 
-__all__ = ["MID_MIXTURE", "SFT_MIXTURE", "TASKS", "Answer", "GeneratedTask", "Task", "TaskMixture", "exchange",
-           "make_task", "parse_mixture"]
+__all__ = ["CHAT_CORE_TASKS", "MID_MIXTURE", "SFT_MIXTURE", "TASKS", "Answer", "GeneratedTask", "Task", "TaskMixture",
+           "exchange", "make_task", "parse_mixture"]
 
 
 def make_task(name: str, split: str, size: int, seed: int = 0, **options) -> Task:

@@ -75,11 +75,20 @@ class Arithmetic(GeneratedTask):
         return bool(answer.tool_calls) and answer.tool_calls[0][0].replace(" ", "") == expected
 
 
+class Sums(Arithmetic):
+    """Sums alone, of the same splits as Arithmetic: the figure that the tiny preset is judged by."""
+
+    name, family = "sums", Arithmetic.name
+
+    def __init__(self, split: str, size: int, seed: int = 0, *, terms: int = 2, digits: int = 3, operators="+"):
+        super().__init__(split, size, seed, terms=terms, digits=digits, operators=operators)
+
+
 class HardArithmetic(Arithmetic):
     """Three operands, for reinforcement learning: supervised training shows few of these, so there is room to
     improve."""
 
-    name = "arithmetic-hard"
+    name, family = "arithmetic-hard", Arithmetic.name
 
     def __init__(self, split: str, size: int, seed: int = 0, *, terms: int = 3, digits: int = 3, operators="+-*"):
         super().__init__(split, size, seed, terms=terms, digits=digits, operators=operators)

@@ -55,8 +55,11 @@ class GeneratedTask(Task):
 
     `draw` invents a problem, `key` names what makes it the same problem as another (so that 37+85 and 85+37
     are one), and the key's hash decides the split: 80 % train, 10 % val, 10 % test. Draws of other splits are
-    thrown away, so a problem seen in training can never be asked in a test, whatever the sizes.
+    thrown away, so a problem seen in training can never be asked in a test, whatever the sizes. Tasks that can
+    draw the same problem name the same `family`, so that they agree on its split.
     """
+
+    family: str | None = None
 
     def __init__(self, split: str, size: int, seed: int = 0):
         if split not in SPLITS:
@@ -84,7 +87,7 @@ class GeneratedTask(Task):
         rng = random.Random(f"{self.name}/{self.split}/{self.seed}/{index}")
         while True:
             problem = self.draw(rng)
-            if split_of(f"{self.name}/{self.key(problem)}") == self.split:
+            if split_of(f"{self.family or self.name}/{self.key(problem)}") == self.split:
                 return self.render(problem, rng)
 
 
