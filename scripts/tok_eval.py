@@ -25,12 +25,12 @@ ten minutes and will be free of charge through the weekend.
 """
 
 KOREAN = """\
-오늘 아침 서울에는 올해 첫눈이 내렸다. 출근길 시민들은 우산을 쓰거나 모자를 눌러쓴 채 걸음을 재촉했고, 아이들은 운동장에 나와 \
-작은 눈사람을 만들었다. 기상청은 오후부터 기온이 조금씩 올라 쌓인 눈이 대부분 녹겠지만, 밤에는 다시 영하 5도까지 떨어져 길이 얼 수 \
-있다고 내다봤다.
+오늘 아침 서울에는 올해 첫눈이 내렸다. 출근길 시민들은 우산을 쓰거나 모자를 눌러쓴 채 걸음을 재촉했고, \
+아이들은 운동장에 나와 작은 눈사람을 만들었다. 기상청은 오후부터 기온이 조금씩 올라 쌓인 눈이 대부분 \
+녹겠지만, 밤에는 다시 영하 5도까지 떨어져 길이 얼 수 있다고 내다봤다.
 
-시장에서 채소를 파는 김 씨는 "눈이 오면 손님이 줄어서 걱정이지만, 그래도 첫눈은 반갑다"고 말했다. 근처 찻집은 따뜻한 유자차를 찾는 \
-사람들로 하루 종일 붐볐다. 주말에는 맑은 날씨가 이어질 것으로 보인다.
+시장에서 채소를 파는 김 씨는 "눈이 오면 손님이 줄어서 걱정이지만, 그래도 첫눈은 반갑다"고 말했다. 근처 \
+찻집은 따뜻한 유자차를 찾는 사람들로 하루 종일 붐볐다. 주말에는 맑은 날씨가 이어질 것으로 보인다.
 """
 
 CODE = '''\
@@ -140,6 +140,8 @@ def main(args: argparse.Namespace) -> None:
     rows = [measure(tokenizer, domain, [text]) for domain, text in TEXTS.items()]
     for split in ("train", "val"):
         texts = [text for text in iter_texts(dataset, split, max_chars=int(args.max_chars)) if text]
+        if not texts:
+            raise UserError(f"the {split} split of {args.data} must hold some text, got none")
         rows.append(measure(tokenizer, f"{dataset.name} {split}", texts))
     print(f"{'text':<24} {'bytes':>12} {'tokens':>12} {'bytes/token':>12}")
     for row in rows:

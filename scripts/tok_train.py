@@ -5,6 +5,7 @@ not rule the vocabulary. Written to tokenizer/tokenizer.bpe under the base direc
 """
 
 import argparse
+import sys
 import time
 import warnings
 
@@ -82,8 +83,9 @@ def main(args: argparse.Namespace) -> None:
         finally:
             progress.close()
     seconds = time.perf_counter() - start
-    for warning in caught:
-        print(f"warning: {warning.message}")
+    notes = [str(warning.message) for warning in caught]
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
         raise RuntimeError("the new tokenizer does not give a text back as it was; nothing was saved")
     path = tokenizer.save(base_dir() / "tokenizer")
@@ -97,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
         "Bytes per token in the vocabulary": f"min {lengths.min():.0f}, mean {lengths.mean():.2f}, "
                                              f"max {lengths.max():.0f}, std {lengths.std():.2f}",
         "Fingerprint": tokenizer.fingerprint,
+        **({"Note": "; ".join(notes)} if notes else {}),
     }
     print(f"trained a vocabulary of {tokenizer.vocab_size:,} tokens on {seen.documents:,} documents "
           f"({seen.bytes / 1e6:,.1f} MB) in {seconds:.1f} s: {path}")

@@ -310,7 +310,7 @@ DOUBLING = [(97, 97), *((id, id) for id in range(256, 286))]
     (file_of([(97, 256)]), "a merge must join earlier tokens, token 256 joins 97 and 256"),
     (file_of([(97, 98), (97, 98)]), "every token must have its own bytes, token 257 repeats another"),
     (file_of([(97, 98), (98, 99), (97, 257)]), "a token's bytes must encode to that token, those of 258 do not"),
-    (file_of(DOUBLING), "all tokens together must hold at most 67108864 bytes, token 280 passes that"),
+    (file_of(DOUBLING), "all tokens together must hold at most 16777216 bytes, token 278 passes that"),
     (file_of([], ["a", "a"]), 'special tokens must differ, "a" comes twice'),
     (signed(file_of([(97, 98)])[:-72].replace(b"merges 1", b"merges 99999999999")),
      'the number of merges must be 0 to 1048576, the file has "99999999999"'),

@@ -10,8 +10,10 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString};
 use rustbpe_core as core;
 
-/// Text gathered before the threads count it: a few per cent of what a shard holds.
+/// Text gathered before the threads count it: enough to make starting them cheap.
 const BATCH_BYTES: usize = 16 << 20;
+/// About what a Python str weighs beside its text, so that a stream of empty ones is counted in batches too.
+const OBJECT_BYTES: usize = 64;
 /// Between two looks at Ctrl-C and the progress callback.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -36,8 +38,9 @@ fn utf8(item: &Bound<'_, PyAny>, name: impl FnOnce() -> String) -> PyResult<PyBa
     let Ok(text) = item.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("{} must be str, got {}", name(), item.get_type().name()?)));
     };
-    PyBackedStr::try_from(text.clone())
-        .map_err(|_| PyValueError::new_err(format!("{} must be valid Unicode, it holds a lone surrogate", name())))
+    PyBackedStr::try_from(text.clone()).map_err(|_| {
+        PyValueError::new_err(format!("{} must be valid Unicode, it holds a lone surrogate", name()))
+    })
 }
 
 /// Calls `progress(phase, done, total)` and notices Ctrl-C, both at most every TICK.
@@ -80,7 +83,7 @@ fn count(texts: &Bound<'_, PyAny>, threads: usize, ticker: &mut Ticker) -> PyRes
     };
     for (index, item) in texts.try_iter()?.enumerate() {
         let text = utf8(&item?, || format!("text {index}"))?;
-        waiting += text.len();
+        waiting += text.len() + OBJECT_BYTES;
         done += text.len();
         batch.push(text);
         if waiting >= BATCH_BYTES {
@@ -197,7 +200,8 @@ impl Tokenizer {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts must be an iterable of str, got one str"));
         }
-        let texts = texts.try_iter()?.enumerate().map(|(index, item)| utf8(&item?, || format!("text {index}")));
+        let texts =
+            texts.try_iter()?.enumerate().map(|(index, item)| utf8(&item?, || format!("text {index}")));
         let texts: Vec<PyBackedStr> = texts.collect::<PyResult<_>>()?;
         let threads = threads(num_threads)?;
         let shares = py.detach(|| {
@@ -231,7 +235,10 @@ impl Tokenizer {
             let token = match id.extract::<usize>() {
                 Ok(id) => self.0.token(id),
                 Err(error) if error.is_instance_of::<PyTypeError>(ids.py()) => {
-                    return Err(PyTypeError::new_err(format!("a token id must be int, got {}", id.get_type().name()?)))
+                    return Err(PyTypeError::new_err(format!(
+                        "a token id must be int, got {}",
+                        id.get_type().name()?
+                    )))
                 }
                 Err(_) => None,
             };

@@ -33,7 +33,8 @@ impl Counter {
 pub fn count_batch(counters: &mut [Counter], texts: &[&str]) -> Result<()> {
     let ranges = shares(texts, counters.len());
     let jobs = counters.iter_mut().zip(ranges);
-    let jobs = jobs.map(|(counter, range)| move || texts[range].iter().try_for_each(|text| counter.add(text)));
+    let jobs =
+        jobs.map(|(counter, range)| move || texts[range].iter().try_for_each(|text| counter.add(text)));
     run_all(jobs.collect()).map(|_| ())
 }
 

@@ -52,17 +52,25 @@ impl Tokenizer {
     /// Read what `to_bytes` wrote; anything else is refused with a sentence.
     pub fn from_bytes(data: &[u8]) -> Result<Self> {
         if data.len() > MAX_FILE_BYTES {
-            return invalid(format!("a tokenizer file must have at most {MAX_FILE_BYTES} bytes, got {}", data.len()));
+            return invalid(format!(
+                "a tokenizer file must have at most {MAX_FILE_BYTES} bytes, got {}",
+                data.len()
+            ));
         }
         if !data.starts_with(MAGIC.as_bytes()) {
-            return invalid(format!("a tokenizer file must start with {:?}, this one does not", MAGIC.trim_end()));
+            return invalid(format!(
+                "a tokenizer file must start with {:?}, this one does not",
+                MAGIC.trim_end()
+            ));
         }
         let (body, checksum) = data.split_at(data.len().saturating_sub(CHECKSUM_BYTES));
         let text = std::str::from_utf8(body).unwrap_or_default();
         let mut lines = text.lines();
         let version = lines.next().and_then(|line| line.strip_prefix(MAGIC)).unwrap_or_default();
         if !version.is_empty() && version.bytes().all(|byte| byte.is_ascii_digit()) && version != VERSION {
-            return invalid(format!("a tokenizer file must have format version {VERSION}, this one has {version}"));
+            return invalid(format!(
+                "a tokenizer file must have format version {VERSION}, this one has {version}"
+            ));
         }
         if checksum != format!("sha256 {}\n", sha256::hex(body)).as_bytes() {
             return invalid("a tokenizer file must match its checksum, this one is damaged or cut short");
@@ -73,7 +81,9 @@ impl Tokenizer {
         let specials: Vec<String> = lines.by_ref().take(n_specials).map(str::to_owned).collect();
         let n_merges = number(lines.next(), "merges", MAX_TOKENS)?;
         let merges: Option<Vec<(u32, u32)>> = lines.by_ref().take(n_merges).map(pair).collect();
-        let Some(merges) = merges else { return invalid("a merge must be two ids on one line, got another line") };
+        let Some(merges) = merges else {
+            return invalid("a merge must be two ids on one line, got another line");
+        };
         let tokenizer = Self::new(merges, specials)?;
         if tokenizer.body().as_bytes() != body {
             return invalid("a tokenizer file must be exactly as it was written, this one has other lines");
@@ -89,7 +99,9 @@ fn field<'a>(line: Option<&'a str>, name: &str) -> &'a str {
 fn expect(line: Option<&str>, name: &str, wanted: &str) -> Result<()> {
     match field(line, name) {
         value if value == wanted => Ok(()),
-        value => invalid(format!("the tokenizer's {name} must be {wanted}, the file has {value:?}: train it again")),
+        value => invalid(format!(
+            "the tokenizer's {name} must be {wanted}, the file has {value:?}: train it again"
+        )),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{invalid, Result};
 /// Bounds that keep a damaged or hostile file from costing more than moments and megabytes.
 pub const MAX_TOKENS: usize = 1 << 20;
 pub const MAX_SPECIALS: usize = 1 << 10;
-pub const MAX_VOCABULARY_BYTES: u64 = 1 << 26;
+pub const MAX_VOCABULARY_BYTES: u64 = 1 << 24;
 
 /// Ids 0..=255 are the bytes, then come the merges in the order learned, then the special tokens.
 pub struct Tokenizer {
@@ -36,7 +36,9 @@ impl Tokenizer {
         let (mut token, mut bytes) = (Vec::new(), 256);
         for (&(left, right), new) in merges.iter().zip(256u32..) {
             if left.max(right) >= new {
-                return invalid(format!("a merge must join earlier tokens, token {new} joins {left} and {right}"));
+                return invalid(format!(
+                    "a merge must join earlier tokens, token {new} joins {left} and {right}"
+                ));
             }
             token.clear();
             token.extend_from_slice(tokens.key(left as usize));

@@ -44,7 +44,11 @@ struct Trainer {
 /// Learn up to `n_merges` merges: fewer when no pair is left. `tick(merges done)` returns false to stop.
 ///
 /// Ties: count descending, then left id ascending, then right id ascending.
-pub fn train(counter: Counter, n_merges: usize, tick: &mut dyn FnMut(usize) -> bool) -> Result<Vec<(u32, u32)>> {
+pub fn train(
+    counter: Counter,
+    n_merges: usize,
+    tick: &mut dyn FnMut(usize) -> bool,
+) -> Result<Vec<(u32, u32)>> {
     let mut trainer = Trainer::new(counter)?;
     let mut merges = Vec::new();
     let mut bytes = 256u64;
