@@ -155,7 +155,7 @@ def _blocks(packer: RowPacker | OnePerRow, batch_size: int, seq_len: int, pad_id
         own = rows[rank * batch_size: (rank + 1) * batch_size]
         width = seq_len
         if pad_multiple:
-            longest = max(len(row.ids) - 1 for row in own)
+            longest = max(1, *(len(row.ids) - 1 for row in own))
             width = min(seq_len, -(-longest // pad_multiple) * pad_multiple)
         yield torch.from_numpy(_collate(own, width, pad_id)), packer.state_dict()
 

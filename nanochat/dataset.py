@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, atomic_write, base_dir, fsync_folder, human_bytes, print0
-from nanochat.text_sources import BuiltinSource, FolderSource
+from nanochat.text_sources import BuiltinSource, FolderSource, capped
 
 FORMAT = 1
 ROW_GROUP_ROWS = 1024
@@ -121,13 +121,7 @@ def iter_texts(dataset: Dataset, split: str, *, max_chars: int | None = None,
                doc_cap: int | None = None) -> Iterator[str]:
     """Yield the split's documents in order, each cut to `doc_cap` characters, until they have `max_chars`."""
     documents = Documents(dataset, split)
-    chars = 0
-    for index in range(len(documents)):
-        if max_chars is not None and chars >= max_chars:
-            return
-        text = documents[index][:doc_cap]
-        chars += len(text)
-        yield text
+    yield from capped((documents[index][:doc_cap] for index in range(len(documents))), max_chars)
 
 
 class Documents:
@@ -240,9 +234,7 @@ def _build(folder: Path, source: BuiltinSource | FolderSource, identity: dict, m
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
         writer = ShardWriter(building)
-        for split, text in source.documents():
-            if max_chars is not None and sum(writer.chars.values()) >= max_chars:
-                break
+        for split, text in source.documents(max_chars):
             writer.add(split, text)
         files = writer.finish()
         if not writer.chars["train"] or not writer.chars["val"]:
@@ -279,13 +271,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _read_manifest(folder: Path) -> dict | None:
+    """Return the manifest, or None when there is none that this version can read: then data is prepared again."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST} must be JSON, delete {folder} and prepare the data again") from error
-    return manifest if manifest.get("format") == FORMAT else None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
 def _damage(folder: Path, manifest: dict) -> str | None:
@@ -313,7 +304,7 @@ def _print_summary(source: BuiltinSource | FolderSource, manifest: dict) -> None
     print0(f"data {manifest['name']}: train {rows['train']:,} documents, {manifest['chars']['train']:,} characters; "
            f"val {rows['val']:,} documents, {manifest['chars']['val']:,} characters; {human_bytes(size)} on disk")
     if manifest["skipped"]:
-        print0(f"skipped {manifest['skipped']:,} empty documents")
+        print0(f"skipped {manifest['skipped']:,} {source.skipped_kind}")
     if isinstance(source, FolderSource) and (ignored := source.ignored()):
         kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(ignored.items()))
         print0(f"ignored {ignored.total():,} files of other kinds ({kinds})")

@@ -5,18 +5,19 @@ them and hand out rows; their state is the next number, the numbers in the windo
 fetches and tokenizes only the window again and continues with exactly the same rows.
 """
 
-import queue
 import threading
 import weakref
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-# 1,000 documents to choose from, as in nanochat; more hardly crops less (see tests and bench). Documents are
-# fetched in chunks so that one call to the tokenizer keeps all its threads busy.
+# On FineWeb-EDU text and rows of 2,048 a window of 100, 1,000 and 4,000 documents crops 51.5, 50.2 and 48.0 % of the
+# tokens; 43 % are beyond a row's length in their own document. 1,000 is also what a resumed run tokenizes again, 0.3 s.
+# Fetching 128 at once keeps all threads of the tokenizer busy.
 BUFFER_DOCUMENTS = 1000
 CHUNK_DOCUMENTS = 128
 
@@ -146,39 +147,61 @@ class Prefetcher:
     """Runs an iterator in a background thread, at most `depth` items ahead; its error surfaces in next()."""
 
     def __init__(self, items: Iterator, depth: int = 4):
-        self._queue: queue.Queue = queue.Queue(depth)
-        stopping = threading.Event()
-        # The thread knows the queue and not this object, so a forgotten loader is collected and its thread ends.
-        thread = threading.Thread(target=_produce, args=(items, self._queue, stopping), name="prefetch", daemon=True)
+        self._channel = _Channel(depth)
+        # The thread knows the channel and not this object, so a forgotten loader is collected and its thread ends.
+        thread = threading.Thread(target=_produce, args=(items, self._channel), name="prefetch", daemon=True)
+        self.close = weakref.finalize(self, _stop, thread, self._channel)
         self._error: BaseException | None = None
-        self.close = weakref.finalize(self, _stop, thread, self._queue, stopping)
         thread.start()
 
     def __next__(self):
         if self._error is None and self.close.alive:
-            item, self._error = self._queue.get()
+            item, self._error = self._channel.get()
             if self._error is None:
                 return item
         raise self._error or RuntimeError("next() on a closed loader")
 
 
-def _produce(items: Iterator, items_queue: queue.Queue, stopping: threading.Event) -> None:
-    while not stopping.is_set():
+class _Channel:
+    """A bounded queue between two threads that can be stopped; queue.Queue wakes no blocked put() before 3.13."""
+
+    def __init__(self, depth: int):
+        self._depth, self._items, self._stopped = depth, deque(), False
+        self._changed = threading.Condition()
+
+    def put(self, item) -> bool:
+        """Wait for room and put the item; False when the channel was stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._items) < self._depth)
+            self._items.append(item)
+            self._changed.notify_all()
+            return not self._stopped
+
+    def get(self):
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            self._changed.notify_all()
+            return self._items.popleft()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+def _produce(items: Iterator, channel: _Channel) -> None:
+    error = None
+    while error is None:
+        item = None
         try:
-            result = (next(items), None)
-        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the item
-            result = (None, error)
-        while not stopping.is_set():
-            try:
-                items_queue.put(result, timeout=0.05)
-                break
-            except queue.Full:
-                continue
-        if result[1] is not None:
+            item = next(items)
+        except BaseException as raised:  # whatever it is, it belongs to the thread that waits for the item
+            error = raised
+        if not channel.put((item, error)):
             return
 
 
-def _stop(thread: threading.Thread, items_queue: queue.Queue, stopping: threading.Event) -> None:
-    stopping.set()
+def _stop(thread: threading.Thread, channel: _Channel) -> None:
+    channel.stop()
     if thread is not threading.current_thread():  # the collector may run this in the thread itself
         thread.join()

@@ -1,7 +1,8 @@
 """Where training documents come from: this Python's own standard library, or a folder of the user's files.
 
 A source has a `name` (the dataset's folder), an `identity()` (what the prepared shards are valid for, JSON-able) and
-`documents()`, an iterator of (split, text) with split "train" or "val". Reading is deterministic and repeatable.
+`documents(max_chars)`, an iterator of (split, text) with split "train" or "val", that ends with the document that
+reaches `max_chars` characters. Reading is deterministic and repeatable.
 """
 
 import ast
@@ -14,7 +15,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +26,16 @@ from nanochat.common import UserError
 
 VAL_FRACTION = 0.05  # of a folder's documents: 1 % of a thousand would be ten, too few to measure anything
 VAL_MAX_CHARS = 50_000_000  # about 10M tokens, as many as one validation of the largest preset reads
+
+
+def capped(items: Iterable, max_chars: int | None, length: Callable = len) -> Iterator:
+    """Yield items until their lengths sum to `max_chars`; all of them for None."""
+    chars = 0
+    for item in items:
+        yield item
+        chars += length(item)
+        if max_chars is not None and chars >= max_chars:
+            return
 
 
 # --- builtin: the standard library ------------------------------------------------------------------
@@ -52,15 +63,16 @@ class BuiltinSource:
     """The running Python's documentation and source; other Python versions give other text."""
 
     name = "builtin"
+    skipped_kind = "files that are not Python of this version"
 
     def __init__(self, root: Path | None = None):
         self.root = Path(root or sysconfig.get_path("stdlib"))
-        self.skipped = 0  # files that are not Python of this version, counted by documents()
+        self.skipped = 0  # counted by documents()
 
     def identity(self) -> dict:
         return {"kind": "builtin", "python": platform.python_version(), "recipe": _BUILTIN_RECIPE}
 
-    def documents(self) -> Iterator[tuple[str, str]]:
+    def documents(self, max_chars: int | None = None) -> Iterator[tuple[str, str]]:
         """Yield (split, text) in an order that mixes modules; a file's text is all in one split."""
         files = self._files()
         if not files:
@@ -76,7 +88,8 @@ class BuiltinSource:
                 documents += [(split, text) for text in _module_documents(file, seen)]
             except (SyntaxError, UnicodeDecodeError):  # a distribution's own addition, say in Python 2
                 self.skipped += 1
-        yield from sorted(documents, key=lambda document: _hash64(document[1]))
+        documents.sort(key=lambda document: _hash64(document[1]))
+        yield from capped(documents, max_chars, lambda document: len(document[1]))
 
     def _files(self) -> list[Path]:
         found = []
@@ -160,11 +173,13 @@ def _sections(paragraphs: list[str], seen: set[str]) -> Iterator[str]:
 class FolderSource:
     """All .parquet (column `text`), .jsonl ({"text": ...} per line) and .txt (one document) files under a folder."""
 
+    skipped_kind = "documents without text"
+
     def __init__(self, folder: Path | str):
         self.folder = Path(folder).expanduser().resolve()
         slug = re.sub(r"[^a-z0-9]+", "-", self.folder.name.lower()).strip("-") or "data"
-        self.name = f"{slug[:40]}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
-        self.skipped = 0  # documents null or without a visible character, counted by documents()
+        self.name = f"{slug[:40]}-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:8]}"
+        self.skipped = 0  # null or nothing but white space, counted by documents()
 
     def files(self) -> list[Path]:
         """Return the readable files in order of their relative path; names starting with a dot are no data."""
@@ -188,27 +203,30 @@ class FolderSource:
         digest = hashlib.sha256()
         for path in self.files():
             stat = path.stat()
-            relative = path.relative_to(self.folder).as_posix()
-            digest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            digest.update(os.fsencode(path.relative_to(self.folder)))
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return {"kind": "folder", "path": str(self.folder), "fingerprint": digest.hexdigest()}
 
-    def documents(self) -> Iterator[tuple[str, str]]:
+    def documents(self, max_chars: int | None = None) -> Iterator[tuple[str, str]]:
         files = self.files()
         if not files:
             raise UserError(f"data folder {self.folder} has no .parquet, .jsonl or .txt file")
         self.skipped = 0
-        yield from split_by_hash(self._texts(files))
+        yield from split_by_hash(capped(self._texts(files), max_chars))
 
     def _texts(self, files: list[Path]) -> Iterator[str]:
         for file in tqdm(files, desc=f"reading {self.folder.name}", unit="file", disable=None):
-            for text in _READERS[file.suffix.lower()](file):
-                if text is None or not text.strip():
-                    self.skipped += 1
-                else:
-                    yield text
+            try:
+                for text in _READERS[file.suffix.lower()](file):
+                    if text is None or not text.strip():
+                        self.skipped += 1
+                    else:
+                        yield text
+            except OSError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror})") from error
 
 
-def split_by_hash(texts: Iterator[str]) -> Iterator[tuple[str, str]]:
+def split_by_hash(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Assign each text to "train" or "val" by its own hash, so equal texts never land in both.
 
     The first text is train; of the others those with a hash in the lowest 5 % are val, up to VAL_MAX_CHARS, or,
@@ -216,23 +234,25 @@ def split_by_hash(texts: Iterator[str]) -> Iterator[tuple[str, str]]:
     """
     first = lowest = None
     held: list[str] = []  # the texts with the lowest hash, until a validation text turns up
+    val_keys: set[int] = set()
     val_chars = 0
     for text in texts:
         key = _hash64(text)
         first = key if first is None else first
         if key == first:
             yield "train", text
-        elif key < VAL_FRACTION * 2**64 and val_chars < VAL_MAX_CHARS:
+        elif key in val_keys or (key < VAL_FRACTION * 2**64 and val_chars < VAL_MAX_CHARS):
+            val_keys.add(key)
             val_chars += len(text)
             yield "val", text
-        elif val_chars or (lowest is not None and key > lowest):
+        elif val_keys or (lowest is not None and key > lowest):
             yield "train", text
         elif key == lowest:
             held.append(text)
         else:
             yield from (("train", other) for other in held)
             held, lowest = [text], key
-    yield from (("train" if val_chars else "val", text) for text in held)
+    yield from (("train" if val_keys else "val", text) for text in held)
 
 
 def _hash64(text: str) -> int:
