@@ -142,6 +142,8 @@ class Engine:
             copy_pages(self.cache, self._admit())
             if self.running:
                 self._advance()
+            elif self.waiting:
+                raise RuntimeError("a request does not fit an idle pool")  # submit refuses those, so pages leaked
         self._seconds += time.perf_counter() - start
 
     def stats(self) -> dict:

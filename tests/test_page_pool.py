@@ -1,0 +1,107 @@
+"""The page pool: nothing is held twice, lost or freed twice, whatever the order of operations."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from nanochat.engine.pages import PagePool
+
+
+def test_allocated_pages_are_distinct_and_counted():
+    pool = PagePool(5, 16)
+    a, b = pool.allocate(2), pool.allocate(3)
+    assert sorted(a + b) == [0, 1, 2, 3, 4]
+    assert (pool.free, pool.cached, pool.live, pool.total, pool.peak) == (0, 0, 5, 5, 5)
+    pool.release(a)
+    assert (pool.free, pool.live, pool.peak) == (2, 3, 5)
+    pool.check()
+
+
+@pytest.mark.parametrize("tokens, pages", [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_pages_for_rounds_up(tokens, pages):
+    assert PagePool(1, 16).pages_for(tokens) == pages
+
+
+def test_allocating_more_than_free_takes_nothing():
+    pool = PagePool(3, 16)
+    pool.allocate(2)
+    with pytest.raises(ValueError, match=re.escape("2 pages wanted, 1 of 3 are free")):
+        pool.allocate(2)
+    assert pool.free == 1
+    pool.check()
+
+
+def test_a_shared_page_is_free_after_its_last_holder():
+    pool = PagePool(3, 16)
+    pages = pool.allocate(2)
+    copy = pool.share(pages)
+    assert copy == pages and copy is not pages and pool.live == 2
+    pool.release(pages)
+    assert pool.live == 2 and not pool.shared(pages[0])
+    pool.release(copy)
+    assert pool.free == 3
+    pool.check()
+
+
+def test_fork_trades_a_hold_on_a_shared_page_for_a_page_of_ones_own():
+    pool = PagePool(2, 16)
+    (page,) = pool.allocate(1)
+    pool.share([page])
+    own = pool.fork(page)
+    assert own != page and not pool.shared(page) and not pool.shared(own)
+    assert pool.live == 2
+    pool.check()
+
+
+def test_a_failed_fork_keeps_the_hold():
+    pool = PagePool(1, 16)
+    (page,) = pool.allocate(1)
+    pool.share([page])
+    with pytest.raises(ValueError):
+        pool.fork(page)
+    assert pool.shared(page)
+
+
+@pytest.mark.parametrize("operation", ["release", "share"])
+def test_a_page_of_nobody_is_refused_before_anything_changes(operation):
+    pool = PagePool(3, 16)
+    kept, gone = pool.allocate(2)
+    pool.release([gone])
+    with pytest.raises(ValueError, match=rf"pages \[{gone}\] are held by nobody"):
+        getattr(pool, operation)([kept, gone])
+    assert not pool.shared(kept) and pool.live == 1
+    pool.check()
+
+
+def test_check_finds_a_lost_page_and_one_that_is_free_twice():
+    lost, twice = PagePool(3, 16), PagePool(3, 16)
+    lost._free.remove(1)
+    with pytest.raises(RuntimeError, match=re.escape("pages [1] are neither free nor held: 2 free, 0 cached, 1 live")):
+        lost.check()
+    twice._free.append(2)
+    with pytest.raises(RuntimeError, match="twice"):
+        twice.check()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_operations_agree_with_a_count_of_holders(seed):
+    rng, pool = random.Random(seed), PagePool(12, 16)
+    held: list[list[int]] = []
+    for _ in range(400):
+        operation = rng.choice(("allocate", "share", "release", "fork"))
+        if operation == "allocate" and pool.free:
+            held.append(pool.allocate(rng.randint(1, pool.free)))
+        elif operation == "share" and held:
+            held.append(pool.share(rng.choice(held)))
+        elif operation == "release" and held:
+            pool.release(held.pop(rng.randrange(len(held))))
+        elif operation == "fork" and held and pool.free:
+            pages = rng.choice(held)
+            if pool.shared(pages[-1]):
+                pages[-1] = pool.fork(pages[-1])
+        holders = Counter(page for pages in held for page in pages)
+        assert pool.live == len(holders)
+        assert all(pool.shared(page) == (n > 1) for page, n in holders.items())
+        pool.check()
