@@ -82,8 +82,9 @@ class Chat:
         said = self._render(text)
         dropped = self._make_room(len(said))
         if dropped:
-            yield "note", (f"the oldest {dropped} turn{'s' * (dropped > 1)} no longer fit the context of "
-                           f"{self.engine.context} tokens and are forgotten")
+            them, fit, are = ("turn", "fits", "is") if dropped == 1 else (f"{dropped} turns", "fit", "are")
+            yield "note", (f"the oldest {them} no longer {fit} the context of {self.engine.context} tokens "
+                           f"and {are} forgotten")
         prompt = [self.engine.tokenizer.bos_id, *(id for turn in self.turns for id in turn), *said]
         request = self.engine.submit(prompt, self.params)
         try:
