@@ -25,8 +25,8 @@ class ListTokenizer:
 
 
 def conversation(i, length):
-    """BOS, then `length` tokens i; the second half is the assistant's."""
-    return [(BOS, 0)] + [(i, int(k >= length // 2)) for k in range(length)]
+    """BOS, then `length` tokens i; the second half is the assistant's. BOS is no target, whatever its mask."""
+    return [(BOS, 1)] + [(i, int(k >= length // 2)) for k in range(length)]
 
 
 @pytest.fixture
