@@ -46,15 +46,18 @@ fi
 depth=${preset#d} vocab=65536 shards=0
 case "$preset" in
     tiny) depth=4 vocab=4096
-        plan="5.2M parameters, text that Python itself brings, about 10 minutes on two cores, no dollars, 1 GB of disk" ;;
+        plan="5.2M parameters on text that Python itself brings: about 10 minutes on two cores, 0 dollars, 1 GB of disk" ;;
     d12) shards=80 device_batch=32
-        plan="186M parameters, 3.7B tokens; estimated 2.6 h on one H100, 16 h on an RTX 4090; not measured" ;;
+        plan="186M parameters, 3.7B tokens: estimated 2.6 h on one H100 (\$8), 16 h on an RTX 4090, 20 GB of disk; not measured" ;;
     d20) shards=240 device_batch=32
-        plan="561M parameters, 11.2B tokens; nanochat (Nov 2025): 3 h 51 and about \$100 on 8x H100; ours not measured" ;;
+        plan="561M parameters, 11.2B tokens: nanochat (Nov 2025) took 3 h 51 and about \$100 on 8x H100; ours not measured;
+        estimated 70 GB of disk" ;;
     d26) shards=450 device_batch=16
-        plan="1.08B parameters; nanochat (Nov 2025): about 12 h and \$300 on 8x H100; ours not measured" ;;
+        plan="1.08B parameters: nanochat (Nov 2025) says about 12 h and \$300 on 8x H100; ours not measured; estimated 130 GB
+        of disk" ;;
     d32) shards=800 device_batch=8
-        plan="1.88B parameters, 37.6B tokens; nanochat (Nov 2025): about 33 h and \$800 on 8x H100; ours not measured" ;;
+        plan="1.88B parameters, 37.6B tokens: nanochat (Nov 2025) says about 33 h and \$800 on 8x H100; ours not measured;
+        estimated 220 GB of disk" ;;
 esac
 if [ "$preset" = tiny ]; then
     data="${data:-builtin}"
@@ -72,7 +75,7 @@ else
 fi
 ranks=$((gpus > 0 ? gpus : 1))
 
-echo "preset $preset: $plan"
+echo "preset $preset: $(echo $plan)"
 echo "data $data$([ "$shards" = 0 ] || echo " ($shards shards)"), kernels $kernels, $gpus GPU(s), artifacts in $base"
 bash scripts/setup.sh
 SECONDS=0
@@ -80,6 +83,9 @@ SECONDS=0
 # --- an earlier, different run is set aside, never overwritten ---
 
 mkdir -p "$base"
+# Children inherit the lock, so a trainer that outlived a killed speedrun.sh still holds it.
+exec 9> "$base/.lock"
+flock -n 9 || die "another run is at work in $base; wait for it, stop it, or set NANOCHAT_BASE_DIR"
 identity="preset $preset, data $data"
 if [ -f "$base/run.txt" ] && { [ "$fresh" = yes ] || [ "$(<"$base/run.txt")" != "$identity" ]; }; then
     aside="$base/earlier/$(date +%Y%m%d-%H%M%S)"
@@ -104,22 +110,36 @@ stage() {
         return
     fi
     echo "== $name: $*"
-    "$@"
+    attend "$@"
     printf '{"stage": "%s", "seconds": %d, "started": "%s", "finished": "%s"}\n' "$name" $((SECONDS - started)) \
         "$(date -Iseconds -d "-$((SECONDS - started)) seconds")" "$(date -Iseconds)" >> "$base/report/timing.jsonl"
     touch "$base/stamps/$name"
 }
 
-run() { "$py" -m "$@"; }
+# attend COMMAND...: wait for it and pass a stop on to it; a trainer saves, then ends with status 75.
+attend() {
+    local status=0
+    "$@" &
+    child=$!
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do  # the signal ended the wait, not the child
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT HUP
+    return "$status"
+}
+
+run() { exec "$py" -m "$@"; }
 
 # train PROGRAM FLAGS...: on every GPU there is.
 train() {
     if [ "$ranks" -gt 1 ]; then
-        OMP_NUM_THREADS=1 "$py" -m torch.distributed.run --standalone --nproc_per_node "$ranks" -m "$@" \
+        OMP_NUM_THREADS=1 run torch.distributed.run --standalone --nproc_per_node "$ranks" -m "$@" \
             --resume auto --kernels "$kernels"
-    else
-        "$py" -m "$@" --resume auto --kernels "$kernels"
     fi
+    run "$@" --resume auto --kernels "$kernels"
 }
 
 # Whatever happens, the report shows what the run had.
@@ -136,11 +156,12 @@ stage mid-train       train scripts.mid_train --depth "$depth" "${mid_flags[@]}"
 stage mid-eval        run scripts.chat_eval mid --depth "$depth" --kernels "$kernels"
 stage sft-train       train scripts.chat_sft --depth "$depth" "${sft_flags[@]}"
 stage sft-eval        run scripts.chat_eval sft --depth "$depth" --kernels "$kernels"
+stage sft-eval-bare   run scripts.chat_eval sft --depth "$depth" --kernels "$kernels" --tasks arithmetic,sums --tools off
 stage rl-train        train scripts.chat_rl --depth "$depth" "${rl_flags[@]}"
 stage rl-eval         run scripts.chat_eval rl --depth "$depth" --kernels "$kernels"
 
 trap - EXIT
-run scripts.report generate
+"$py" -m scripts.report generate
 echo
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; read report.md, then talk to your model:"
 echo "    .venv/bin/python -m scripts.chat_cli                                # a conversation"
