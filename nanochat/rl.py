@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -108,7 +108,7 @@ class RolloutBatches:
         end = self.engine.tokenizer.special_id("<|assistant_end|>")
         pairs = [(prompt, answer) for prompt, samples in zip(prompts, answers, strict=True) for answer in samples]
         rows = [to_rollout(*pair, advantage, end) for pair, advantage in zip(pairs, advantages, strict=True)]
-        return self._collate(sorted(rows, key=lambda row: len(row.ids)))
+        return self._collate(self._with_gradient(rows))
 
     def metrics(self) -> dict:
         """Return the step's mean reward, the part of the problems answered both better and worse, and lengths."""
@@ -129,6 +129,19 @@ class RolloutBatches:
         reward, tokens, stopped, n_answers, mixed, n_problems = self.runtime.all_reduce(sums).tolist()
         return {"reward": reward / n_answers, "mixed": mixed / n_problems, "stopped": stopped / n_answers,
                 "answer_tokens": tokens / n_answers, "rollout_s": seconds}
+
+    def _with_gradient(self, rows: list[Rollout]) -> list[Rollout]:
+        """Leave out rows of advantage 0, at first more than half of them: they have no gradient.
+
+        The trainer divides by the sampled tokens that it sees, so the advantages are scaled by (these / all), over all
+        ranks, and the result is that of all rows. At least one row stays.
+        """
+        kept = [row for row in rows if row.advantage] or rows[:1]
+        counts = torch.tensor([sum(sum(row.sampled) for row in some) for some in (kept, rows)], dtype=torch.float64,
+                              device=self.runtime.device)
+        n_kept, n_all = self.runtime.all_reduce(counts).tolist()
+        scale = n_kept / max(n_all, 1)
+        return sorted((replace(row, advantage=row.advantage * scale) for row in kept), key=lambda row: len(row.ids))
 
     def _collate(self, rows: Sequence[Rollout]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         chunks = (rows[i : i + self.rows_per_batch] for i in range(0, len(rows), self.rows_per_batch))
