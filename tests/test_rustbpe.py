@@ -34,7 +34,8 @@ CORPORA = {"prose": [PROSE, PROSE[40:300]], "world": [WORLD], "code": [CODE, COD
 # numbers that are no digits, marks that combine, characters of 1 to 4 bytes
 ADVERSARIAL = (" \t\r\n\v\f\x1c\x85\xa0\u1680\u2003\u2028\u2029\u3000\u200b\u180e'\u2019sdmtlveSTLVRxyzé\u017f\u212a"
                "ßǅʰ一한0189٣²½Ⅷ๕.,-_<|>\"\\\u0300\u0301\u0903\u20dd_$€©🙂\u200d\ufe0f\x00\x7f\U00010400\U0001d7ce")
-adversarial_text = st.text(alphabet=ADVERSARIAL, max_size=40)
+CLUSTERS = ["'\u017f", "'LL", "'ve", "'rE", "\r\n", " \n ", "  ", "...", "x\u0301", "👩\u200d🚀"]
+adversarial_text = st.lists(st.sampled_from([*ADVERSARIAL, *CLUSTERS]), max_size=40).map("".join)
 
 
 def train(texts, n_merges, **options):
@@ -67,6 +68,17 @@ def test_pieces_equal_the_regular_expression_and_lose_nothing(text):
     pieces = rustbpe.split(text)
     assert pieces == bpe_oracle.split(text)
     assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("text, pieces", [
+    ("it's I'LLx 'sure", ["it", "'s", " I", "'LL", "x", " '", "sure"]),
+    ("a'\u017ft 'rer", ["a", "'\u017f", "t", " '", "rer"]),  # the long s folds to s
+    ("today\n \n  on", ["today", "\n \n", " ", " on"]),
+    ("12345\t\t6 ", ["12", "34", "5", "\t", "\t", "6", " "]),
+    ("x\u0300y\x1c\x1c.\r\n", ["x", "\u0300y", "\x1c\x1c.\r\n"]),
+])
+def test_the_pattern_by_example(text, pieces):
+    assert rustbpe.split(text) == bpe_oracle.split(text) == pieces
 
 
 def test_every_assigned_character_is_split_like_the_regular_expression_splits_it():

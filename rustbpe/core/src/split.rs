@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn contractions_fold_case() {
         assert_eq!(cut("it's I'LL 'sure '\u{17F}"), ["it", "'s", " I", "'LL", " '", "sure", " '", "\u{17F}"]);
-        assert_eq!(cut("a'\u{17F}"), ["a", "'\u{17F}"]);
+        assert_eq!(cut("a'\u{17F}b"), ["a", "'\u{17F}", "b"]);
     }
 
     #[test]
