@@ -6,6 +6,7 @@ reaches `max_chars` characters. Reading is deterministic and repeatable.
 """
 
 import ast
+import gc
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,6 +80,12 @@ class BuiltinSource:
         if not files:
             raise UserError(f"builtin data needs the source files of Python's standard library, "
                             f"found none in {self.root}")
+        with _collector_off():
+            documents = self._read(files)
+        documents.sort(key=lambda document: _hash64(document[1]))
+        yield from capped(documents, max_chars, lambda document: len(document[1]))
+
+    def _read(self, files: list[Path]) -> list[tuple[str, str]]:
         self.skipped = 0
         seen: set[str] = set()
         documents = [("train", text) for text in _sections(_topics(self.root), seen)]
@@ -88,8 +96,7 @@ class BuiltinSource:
                 documents += [(split, text) for text in _module_documents(file, seen)]
             except (SyntaxError, UnicodeDecodeError):  # a distribution's own addition, say in Python 2
                 self.skipped += 1
-        documents.sort(key=lambda document: _hash64(document[1]))
-        yield from capped(documents, max_chars, lambda document: len(document[1]))
+        return documents
 
     def _files(self) -> list[Path]:
         found = []
@@ -98,6 +105,18 @@ class BuiltinSource:
             found += [Path(folder, name) for name in names
                       if name.endswith(".py") and not _SKIPPED_FILES.fullmatch(name)]
         return sorted(found, key=Path.as_posix)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Syntax trees have no cycles, and looking for some in millions of new nodes doubles the time (4.4 s to 2.3)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _topics(root: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import threading
 import time
 from itertools import islice
@@ -357,6 +359,11 @@ def test_a_forgotten_loader_ends_its_thread(dataset):
     del loader
     gc.collect()
     assert not running() - before
+
+
+def test_a_program_ends_with_a_loader_still_open():
+    code = "import itertools; from nanochat.packing import Prefetcher; p = Prefetcher(itertools.count()); next(p)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_prefetcher_stays_a_bounded_number_of_items_ahead():

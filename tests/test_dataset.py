@@ -1,5 +1,6 @@
 """Sources become verified shards: splits, idempotence, atomic replacement, and a sentence for every bad input."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -136,16 +137,22 @@ def test_a_failed_preparation_leaves_the_old_dataset_whole(folder):
     assert [path.name for path in dataset.folder.parent.iterdir() if path.is_dir()] == [dataset.name]
 
 
-def test_a_killed_preparation_is_cleaned_up_by_the_next(folder):
+def test_a_killed_preparation_is_cleaned_up_by_the_next(folder, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
     fill(folder)
-    code = ("import os, sys; from nanochat import dataset\n"
-            "dataset._replace_folder = lambda *args: os._exit(9)\n"
-            "dataset.prepare(sys.argv[1])")
-    assert subprocess.run([sys.executable, "-c", code, str(folder)], timeout=60).returncode == 9
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module.shutil, "rmtree", lambda *args, **kwargs: None)  # a kill leaves everything
+        patch.setattr(dataset_module, "_replace_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder)
+    base_data = dataset_module.base_dir() / "base_data"
+    assert len([path for path in base_data.iterdir() if path.is_dir()]) == 1
     with pytest.raises(UserError, match="is not prepared"):
         open_dataset(folder)
     dataset = prepare(folder)
-    assert [path.name for path in dataset.folder.parent.iterdir() if path.is_dir()] == [dataset.name]
+    assert [path.name for path in base_data.iterdir() if path.is_dir()] == [dataset.name]
 
 
 def test_two_preparations_at_once_agree(folder, monkeypatch):
@@ -430,7 +437,10 @@ def test_builtin_gathers_docstrings_reference_and_code(stdlib):
     assert text.count("This licence text") == 1
     assert "Must not be read" not in text
     assert source.skipped == 1  # python2.py
+    assert gc.isenabled()
     assert documents == list(BuiltinSource(stdlib).documents())
+    few = list(BuiltinSource(stdlib).documents(max_chars=1000))
+    assert few == documents[: len(few)] and 1000 <= sum(len(text) for _, text in few) < 2000
 
 
 def test_builtin_never_splits_a_module(stdlib):
