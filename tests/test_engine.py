@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_engine import CONFIG, GREEDY, byte_tokenizer, prompt_of, random_model, recomputed, tool_script
 
+import nanochat.engine.engine
 from nanochat.common import UserError
 from nanochat.engine import Engine, SamplingParams
 from nanochat.engine.request import row_seed
@@ -296,20 +297,41 @@ def test_abort_at_any_state_returns_the_pages_and_disturbs_nobody(make):
     assert_idle(engine)
 
 
-def test_an_exception_in_the_model_returns_every_page(make, monkeypatch):
+@pytest.mark.parametrize("where, calls", [("forward_paged", 1), ("forward_paged", 2), ("draw", 2), ("accept", 1),
+                                          ("accept", 6)])
+def test_an_exception_inside_a_step_returns_every_page(make, monkeypatch, where, calls):
     engine = make()
-    whole = engine.model.forward_paged
+    owner = {"forward_paged": engine.model, "draw": nanochat.engine.engine, "accept": nanochat.engine.engine.Row}[where]
+    whole, seen = getattr(owner, where), []
 
-    def out_of_memory(batch, cache):
-        if len(engine.model.computed) == 3:
+    def fails_later(*args):
+        seen.append(args)
+        if len(seen) > calls:
             raise torch.OutOfMemoryError("no memory")
-        return whole(batch, cache)
+        return whole(*args)
 
-    monkeypatch.setattr(engine.model, "computed", [], raising=False)
-    monkeypatch.setattr(engine.model, "forward_paged", out_of_memory)
+    monkeypatch.setattr(owner, where, fails_later)
     with pytest.raises(torch.OutOfMemoryError):
-        engine.generate([prompt_of(20), prompt_of(3)], SamplingParams(n=3))
+        engine.generate([prompt_of(20), prompt_of(3)], SamplingParams(n=3, max_tokens=2))
     assert_idle(engine)
+
+
+def test_fewer_params_than_prompts_start_nothing(make):
+    engine = make()
+    with pytest.raises(ValueError):
+        engine.generate([prompt_of(20), prompt_of(3)], [GREEDY])
+    assert_idle(engine)
+
+
+def test_a_cache_larger_than_the_memory_is_a_sentence(make, monkeypatch):
+    def allocate(*args):
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    monkeypatch.setattr(nanochat.engine.engine.PagedCache, "allocate", allocate)
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == ("384 pages of 16 tokens for a batch of 64 must fit the memory of cpu, they do not: "
+                                "take a smaller batch")
 
 
 def test_nan_ends_its_own_request_and_leaves_nothing_behind(make):

@@ -45,7 +45,11 @@ class Engine:
         self.context = model.config.sequence_len
         n_pages = n_pages or max_batch * -(-self.context // page_size)
         self.pool = PagePool(n_pages, page_size)
-        self.cache = PagedCache.allocate(model.config, n_pages, page_size, model.dtype, model.device)
+        try:
+            self.cache = PagedCache.allocate(model.config, n_pages, page_size, model.dtype, model.device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{n_pages} pages of {page_size} tokens for a batch of {max_batch} must fit the memory "
+                            f"of {model.device}, they do not: take a smaller batch") from error
         self.terminals = frozenset((tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id))
         self.running: list[Row] = []
         self.waiting: deque[Row] = deque()
@@ -63,7 +67,7 @@ class Engine:
         """
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         jobs, errors = [], []
-        for prompt, wanted in zip(prompts, params, strict=True):
+        for prompt, wanted in list(zip(prompts, params, strict=True)):  # unequal lengths are found before we start
             try:
                 jobs.append(self.submit(prompt, wanted))
             except UserError as error:
@@ -121,11 +125,12 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """End a request wherever it stands; its pages return at once. Does nothing to rows that are done."""
-        rows = [row for row in request.rows if not row.finish_reason]
+        rows = [row for row in request.rows if row.pages or not row.finish_reason]  # pages: a step was cut short
         if not rows:
             return
         for row in rows:
-            row.finish("abort")
+            if not row.finish_reason:
+                row.finish("abort")
         self.running = [row for row in self.running if not row.finish_reason]
         self.waiting = deque(row for row in self.waiting if not row.finish_reason)
         self._retire(rows)
