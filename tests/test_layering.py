@@ -159,6 +159,14 @@ def test_no_lock_files_of_other_tools_and_no_registry_addresses():
     assert not [(path, word) for path, text in texts.items() for word in addresses if word in text]
 
 
+def test_readme_tree_names_every_module_and_none_that_is_gone():
+    tree = read("README.md").split("\n## The tree\n")[1].split("\n## ")[0]
+    in_one_line_each = ("nanochat/evals/", "nanochat/tasks/")
+    modules = {Path(path).name for path in python_files("kernels", "nanochat")
+               if "__" not in path and not path.startswith(in_one_line_each)}
+    assert {word for word in tree.split() if word.endswith(".py")} == modules
+
+
 def test_kernels_import_without_triton():
     code = ("import sys; sys.modules['triton'] = None\n"  # makes `import triton` raise ModuleNotFoundError
             "import torch, kernels\n"
