@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from nanochat import checkpoint
 from nanochat.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from nanochat.checkpoint_format import manifest_text
+from nanochat.checkpoint_format import manifest_text, parse_step
 
 # --- round trip -----------------------------------------------------------------------------------
 
@@ -55,7 +55,8 @@ def test_safetensors_itself_reads_the_file_and_finds_aligned_tensors(tmp_path):
 
 def test_views_of_one_bank_and_strided_tensors_are_saved(tmp_path):
     bank = torch.nn.Parameter(torch.randn(3, 4, 5))
-    members = {"0": bank[0], "2": bank[2], "all": bank, "turned": bank[1].T, "every_other": bank[:, ::2]}
+    members = {"0": bank[0], "2": bank[2], "all": bank, "turned": bank[1].T, "every_other": bank[:, ::2],
+               "line": bank.flatten()[::2]}
     path = save_checkpoint(tmp_path, 1, {"model": members}, make_state(1))
     loaded = load_checkpoint(path)[0]["model"]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in members.items())
@@ -192,6 +193,13 @@ def test_two_writers_in_one_folder_are_refused(tmp_path):
     finally:
         os.close(lock)
     save(tmp_path, 2)
+
+
+@pytest.mark.parametrize("name, step", [
+    ("step_000012", 12), ("step_000012.old", 12), ("step_1234567", 1_234_567), ("step_12", None),
+    ("step_0000012", None), (".tmp-step_000012-0f", None), ("step_000012.bak", None), ("xstep_000012", None)])
+def test_only_our_own_names_are_checkpoints(tmp_path, name, step):
+    assert parse_step(tmp_path / name) == step
 
 
 # --- finding --------------------------------------------------------------------------------------

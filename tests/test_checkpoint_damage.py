@@ -90,6 +90,8 @@ def rewrite_manifest(path, change):
      "MANIFEST.json lists '../x', which is no plain file name"),
     (lambda body: body["files"].update({"/etc/passwd": body["files"]["state.json"]}),
      "MANIFEST.json lists '/etc/passwd', which is no plain file name"),
+    (lambda body: body["files"].update({"x/../../y": body["files"]["state.json"]}),
+     "MANIFEST.json lists 'x/../../y', which is no plain file name"),
     (lambda body: body["files"].update({"": body["files"]["state.json"]}),
      "MANIFEST.json lists '', which is no plain file name"),
     (lambda body: body["files"].update({"x": {"bytes": "1", "sha256": "0" * 64}}),
