@@ -75,15 +75,13 @@ def test_ranks_are_summed_before_dividing():
 
 
 def test_sums_are_fp64():
-    """One token of 20 nats, then 4,000 of 1e-6: in fp32 the small ones would vanish (20 + 1e-6 == 20)."""
-    table = torch.zeros(2, 2, dtype=torch.float32)
-    p = math.exp(-1e-6)
-    table[0] = torch.tensor([math.log(p), math.log1p(-p)])
-    expected = -F.log_softmax(table[0], 0)
-    model = Bigram(table)
-    value = evaluate_bpb(model, batches([1], *([[0] * 10] * 400)), 401, np.array([1, 1]))
-    nats = expected[1].item() + 4000 * expected[0].item()
-    assert value == pytest.approx(nats / math.log(2) / 4001, rel=1e-9)
+    """One token of 13.8 nats and 4,000 of 1e-6, which a sum in fp32 rounds away."""
+    table = torch.tensor([[-1e-6, math.log(1e-6)], [0.0, 0.0]])
+    nats = -F.log_softmax(table[0], 0).double()
+    ones = np.array([1, 1], np.int32)
+    for stream, n in ((batches([1], *([[0] * 10] * 400)), 401), (batches([1] + [0] * 4000), 1)):
+        value = evaluate_bpb(Bigram(table), stream, n, ones)
+        assert value == pytest.approx((nats[1] + 4000 * nats[0]).item() / math.log(2) / 4001, rel=1e-12)
 
 
 def test_token_counts_count_targets_that_are_not_ignored():

@@ -102,6 +102,24 @@ def test_limits_are_exact():
     assert calculate("-" + "9" * 64) is None  # 65 characters of result
 
 
+def test_wide_trees_are_refused_by_their_nodes():
+    group = "(" + "+".join(["1"] * 30) + ")"  # 59 nodes
+    assert calculate("+".join([group] * 3)) == "90"  # 179 nodes
+    assert calculate("+".join([group] * 4)) is None  # 239
+
+
+def test_numbers_beyond_floats_are_refused():
+    assert calculate("9" * 250 + ".0") == "1e+250"
+    assert calculate("9" * 250 + ".0*" + "9" * 250 + ".0") is None  # infinity
+    assert calculate("*".join(["9" * 60] * 7) + "/3") is None  # 420 digits do not fit a float
+    assert calculate("9" * 65 + "-" + "9" * 65) is None  # a literal of 65 digits, though the result is 0
+
+
+def test_brackets_up_to_the_parsers_own_limit_do_not_raise():
+    for depth in (50, 100, 199, 200, 255):
+        assert calculate("(" * depth + "1" + ")" * depth) in ("1", None)
+
+
 def test_powers_are_refused_by_the_size_they_would_have():
     assert calculate("2**64//2**60") == "16"
     assert calculate("2**65//2**65") is None  # exponent
@@ -109,7 +127,8 @@ def test_powers_are_refused_by_the_size_they_would_have():
     assert calculate("0.5**-65") is None
     assert calculate("(2**63)**64//(2**63)**64") == "1"  # 64 bits to the 64th: 4,096
     assert calculate("(2**64)**64//(2**64)**64") is None  # 65 bits to the 64th
-    assert calculate("(2**63)**64*2**63//1**1") is None  # a product above 4,096 bits
+    assert calculate("(2**63)**64*2**63//(2**63)**64") == str(2**63)  # a product of 4,096 bits
+    assert calculate("(2**63)**64*2**64//(2**63)**64") is None  # of 4,097
 
 
 ALPHABET = st.text(alphabet="0123456789+-*/%.(), '\"acount", max_size=40)

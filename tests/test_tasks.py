@@ -147,6 +147,7 @@ def test_arithmetic_judges_the_last_number_of_the_text():
     assert task.expression_ok(conversation, Answer("-7", [("3 - 10", "-7")]))
     assert not task.expression_ok(conversation, Answer("-7", [("10-3", "7")]))
     assert not task.expression_ok(conversation, Answer("-7", [("0-7", "-7")]))
+    assert not task.expression_ok(conversation, Answer("-7", [("0-7", "-7"), ("3-10", "-7")]))
     assert not task.expression_ok(conversation, Answer("-7"))
 
 
@@ -188,6 +189,9 @@ def test_identity_answers_name_nanochat_or_its_skills():
     name = next(task[i] for i in range(100) if "name" in task[i]["messages"][0]["content"])
     assert task.evaluate(name, Answer("My name is NanoChat!"))
     assert not task.evaluate(name, Answer("I am a model."))
+    origin = next(task[i] for i in range(100) if "trained" in task[i]["messages"][0]["content"])
+    assert task.evaluate(origin, Answer("nanochat trained me"))
+    assert not task.evaluate(origin, Answer("nanochat"))
 
 
 def test_choice_has_exactly_one_right_letter():
