@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -107,6 +109,10 @@ def test_preparing_again_does_nothing_until_the_source_changes(folder, capsys):
     changed = prepare(folder)
     assert changed.name == first.name and changed.fingerprint != first.fingerprint
     assert "a new one" in sum(all_texts(changed).values(), [])
+    later = (folder / "a.jsonl").stat().st_mtime_ns + 10**9
+    (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text(encoding="utf-8").replace("new", "old"))
+    os.utime(folder / "a.jsonl", ns=(later, later))
+    assert "a old one" in sum(all_texts(prepare(folder)).values(), [])
 
 
 def test_same_content_elsewhere_has_the_same_fingerprint(folder, tmp_path):
@@ -185,12 +191,14 @@ def test_split_takes_a_twentieth_and_stops_at_the_cap(monkeypatch):
     assert 400 < len(val) < 600
     monkeypatch.setattr(text_sources, "VAL_MAX_CHARS", 100)
     assert [text for name, text in split_by_hash(texts) if name == "val"] == val[:10]
+    assert [text for name, text in split_by_hash(texts * 2) if name == "val"] == val[:10] * 2
 
 
 def test_documents_are_shuffled_the_same_way_every_time(folder):
     fill(folder, 200)
     texts = all_texts(prepare(folder))["train"]
-    assert texts != sorted(texts, key=lambda text: int(text.split()[1]))
+    numbers = [int(text.split()[1]) for text in texts]
+    assert sum(after < before for before, after in zip(numbers, numbers[1:], strict=False)) > 50
     dataset_folder = open_dataset(folder).folder
     (dataset_folder / "manifest.json").unlink()
     assert all_texts(prepare(folder))["train"] == texts
@@ -310,8 +318,8 @@ BAD_FOLDERS = {
     "txt not UTF-8": (spoil("a.txt", "grüße".encode("latin-1")),
                       "{folder}/a.txt must be UTF-8 text, byte 2 is not (0xfc)"),
     "txt with NUL": (spoil("a.txt", "ü\0".encode()), "{folder}/a.txt must be text, byte 2 is NUL"),
-    "jsonl not UTF-8": (spoil("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n'),
-                        "{folder}/a.jsonl must be UTF-8 text, byte 24 is not (0xff)"),
+    "jsonl not UTF-8": (spoil("a.jsonl", b'{"text": "\xc3\xbc"}\n{"text": "\xff"}\n'),
+                        "{folder}/a.jsonl must be UTF-8 text, byte 25 is not (0xff)"),
     "jsonl without text": (spoil("a.jsonl", b'{"text": "a"}\n{"txt": "b", "id": 1}\n'),
                            '{folder}/a.jsonl:2 must be a JSON object with a string "text", it has id, txt'),
     "jsonl empty object": (spoil("a.jsonl", b"{}"),
@@ -441,6 +449,14 @@ def test_builtin_gathers_docstrings_reference_and_code(stdlib):
     assert documents == list(BuiltinSource(stdlib).documents())
     few = list(BuiltinSource(stdlib).documents(max_chars=1000))
     assert few == documents[: len(few)] and 1000 <= sum(len(text) for _, text in few) < 2000
+
+
+def test_builtin_is_the_same_wherever_python_lives_and_mixes_modules(stdlib, tmp_path):
+    documents = list(BuiltinSource(stdlib).documents())
+    shutil.copytree(stdlib, tmp_path / "elsewhere")
+    assert list(BuiltinSource(tmp_path / "elsewhere").documents()) == documents
+    order = [int(text.split("class Thing")[1].split()[0]) for _, text in documents if "\n\nclass Thing" in text]
+    assert len(order) == 80 and sum(after < before for before, after in zip(order, order[1:], strict=False)) > 20
 
 
 def test_builtin_never_splits_a_module(stdlib):
