@@ -12,7 +12,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: E402
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.alpha": 0.25, "lines.linewidth": 1.6, "legend.frameon": False}
+         "grid.alpha": 0.25, "lines.linewidth": 1.6, "legend.edgecolor": "none"}
 MAIN, ACCENT = "#1f5fa8", "#d1602a"
 PANEL_INCHES, DPI = (4.0, 2.7), 110
 

@@ -359,9 +359,9 @@ def _cell(value) -> str:
 
 
 def _escape(text: str) -> str:
-    """Keep a text inside its table cell and out of HTML; special tokens contain both | and <."""
-    text = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(text.split()) or " "
+    """Keep a text as it is inside a table cell: code and special tokens are full of |, <, * and __."""
+    text = " ".join(str(text).replace("&", "&amp;").replace("<", "&lt;").split())
+    return re.sub(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # _ between letters needs no escape
 
 
 def value_text(value) -> str:

@@ -278,6 +278,12 @@ def test_durations_are_shown_as_a_person_says_them(seconds, text):
     assert duration(seconds) == text
 
 
+def test_text_with_markdown_in_it_is_shown_as_it_is(report):
+    report.section("RL", "a_b __init__(self) 3*4*5 `x` <b> &lt; _y_ | ~~z~~ \\n")
+    shown = block(text_of(report), "RL")
+    assert shown == r"a_b \_\_init\_\_(self) 3\*4\*5 \`x\` &lt;b> &amp;lt; \_y\_ \| \~\~z\~\~ \\n"
+
+
 def test_a_code_block_is_not_ended_by_its_text(report):
     report.section("RL", "a\n```\nb ````` c")
     assert block(text_of(report), "RL") == "``````text\na\n```\nb ````` c\n``````"
