@@ -71,6 +71,8 @@ def find_source(source: str | Path) -> BuiltinSource | FolderSource:
     if str(source) == "fineweb-edu":
         raise UserError("data fineweb-edu cannot be downloaded by this version yet, give a folder of its "
                         ".parquet shards instead")
+    if not str(source):
+        raise UserError("data must be builtin or a folder, got an empty name")
     return FolderSource(source)
 
 

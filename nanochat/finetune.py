@@ -4,7 +4,8 @@ import argparse
 
 import torch
 
-from nanochat.common import Runtime, close_runtime, init_runtime, print0
+from nanochat import flags
+from nanochat.common import Runtime, UserError, close_runtime, init_runtime, print0
 from nanochat.dataloader import ConversationLoader
 from nanochat.gpt import GPT
 from nanochat.report import Report
@@ -22,10 +23,12 @@ def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, mixture:
     parser.add_argument("--depth", type=int, default=None, help="model depth; default: the deepest of the source stage")
     parser.add_argument("--source-step", type=int, default=None, help="checkpoint step of the source; default: newest")
     parser.add_argument("--tasks", default=mixture, help="training conversations as name=size,name=size")
-    parser.add_argument("--sequence-len", type=int, default=-1, help="tokens per row; -1 = the model's context")
-    parser.add_argument("--num-steps", type=int, default=-1, help="updates; -1 = one pass over the conversations")
-    parser.add_argument("--rows-per-step", type=int, default=rows, help="rows per update over all ranks")
-    parser.add_argument("--eval-batches", type=int, default=8, help="validation micro-batches per rank")
+    parser.add_argument("--sequence-len", type=flags.positive_int_or_off, default=-1,
+                        help="tokens per row; -1 = the model's context")
+    parser.add_argument("--num-steps", type=flags.positive_int_or_off, default=-1,
+                        help="updates; -1 = one pass over the conversations")
+    parser.add_argument("--rows-per-step", type=flags.positive_int, default=rows, help="rows per update over all ranks")
+    parser.add_argument("--eval-batches", type=flags.positive_int, default=8, help="validation micro-batches per rank")
     add_training_flags(parser, device_batch_size=device_batch_size, lr_scale=lr_scale, eval_every=100, save_every=-1)
 
 
@@ -36,7 +39,10 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     model, tokenizer, source_state = model_from(args.source, args, runtime)
     accumulation = accumulation_steps(args.rows_per_step, args.device_batch_size, runtime, flag="--rows-per-step")
     train_task, val_task = parse_mixture(args.tasks, "train", args.seed), parse_mixture(args.tasks, "val", args.seed)
-    T = args.sequence_len if args.sequence_len > 0 else model.config.sequence_len
+    context = model.config.sequence_len
+    T = args.sequence_len if args.sequence_len > 0 else context
+    if T > context:
+        raise UserError(f"--sequence-len must be at most the model's context of {context} tokens, got {T}")
 
     def loader(task, state: dict | None = None) -> ConversationLoader:
         return ConversationLoader(task, tokenizer, args.device_batch_size, T, pack=pack, shuffle_seed=args.seed,

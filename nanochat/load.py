@@ -61,7 +61,9 @@ def read_stage(stage: str, *, depth: int | None = None, step: int | None = None)
     folder = stage_folder(stage, depth)
     path = find_checkpoint(folder, step)
     if path is None:
-        raise UserError(f"stage {stage} has no whole checkpoint in {folder}; train it first")
+        damaged = folder.is_dir() and any(folder.glob("step_*"))
+        raise UserError(f"stage {stage} has no whole checkpoint in {folder}; "
+                        + ("those there are damaged, train it again" if damaged else "train it first"))
     tensors, state = load_checkpoint(path)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     if state["tokenizer_fingerprint"] != tokenizer.fingerprint:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 
 from kernels.device import device_name
+from nanochat import flags
 from nanochat.common import Runtime, UserError, human_bytes, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.load import add_device_flags, fill_model, pick_dtype, pick_kernels, read_stage, stage_folder
@@ -22,20 +23,21 @@ def add_training_flags(parser: argparse.ArgumentParser, *, device_batch_size: in
     add_device_flags(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="torch.compile the model; default: on a GPU only")
-    parser.add_argument("--device-batch-size", type=int, default=device_batch_size,
+    parser.add_argument("--device-batch-size", type=flags.positive_int, default=device_batch_size,
                         help="rows per rank and micro-batch")
-    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate of the block matrices")
-    parser.add_argument("--embedding-lr", type=float, default=0.2, help="AdamW's, at width 768")
-    parser.add_argument("--head-lr", type=float, default=0.004, help="AdamW's, at width 768")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, for every parameter")
-    parser.add_argument("--lr-scale", type=float, default=lr_scale, help="factor on every learning rate")
-    parser.add_argument("--eval-every", type=int, default=eval_every, help="steps between evaluations, -1 = never")
-    parser.add_argument("--save-every", type=int, default=save_every,
+    parser.add_argument("--matrix-lr", type=flags.rate, default=0.02, help="Muon's learning rate of the block matrices")
+    parser.add_argument("--embedding-lr", type=flags.rate, default=0.2, help="AdamW's, at width 768")
+    parser.add_argument("--head-lr", type=flags.rate, default=0.004, help="AdamW's, at width 768")
+    parser.add_argument("--weight-decay", type=flags.rate, default=0.0, help="decoupled, for every parameter")
+    parser.add_argument("--lr-scale", type=flags.rate, default=lr_scale, help="factor on every learning rate")
+    parser.add_argument("--eval-every", type=flags.positive_int_or_off, default=eval_every,
+                        help="steps between evaluations, -1 = never")
+    parser.add_argument("--save-every", type=flags.positive_int_or_off, default=save_every,
                         help="steps between checkpoints, -1 = only the last")
     parser.add_argument("--resume", choices=["auto", "none"], default="none",
                         help="auto: go on from the newest whole checkpoint; none: refuse when there is one")
     parser.add_argument("--wandb", metavar="NAME", default=None, help="log to Weights & Biases under this run name")
-    parser.add_argument("--seed", type=int, default=42, help="seed of weights and shuffles")
+    parser.add_argument("--seed", type=flags.seed, default=42, help="seed of weights and shuffles")
 
 
 def accumulation_steps(rows: int, device_batch_size: int, runtime: Runtime, *, unit: int = 1,

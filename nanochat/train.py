@@ -208,9 +208,9 @@ class Trainer:
         started = time.perf_counter()
         micro_batches = batches.micro_batches()
         counted = sum((y >= 0).sum() for _, y, _ in micro_batches)
-        tokens = sum(x.numel() for x, _, _ in micro_batches) * self.runtime.world_size
-        agreed = torch.stack([counted, torch.tensor(int(stop), device=counted.device)])
-        n_supervised, stopping = self.runtime.all_reduce(agreed)
+        own = sum(x.numel() for x, _, _ in micro_batches)  # padded widths, so other ranks may have other numbers
+        agreed = torch.stack([counted, *torch.tensor([own, int(stop)], device=counted.device)])
+        n_supervised, tokens, stopping = self.runtime.all_reduce(agreed)
         loss = self._backward(micro_batches, n_supervised.clamp(min=1))
         self._check_finite(loss)
         step = self.progress.step
@@ -219,7 +219,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.runtime.synchronize()
         seconds = time.perf_counter() - started
-        self._record(log, loss, lr, seconds, tokens, {"supervised_tokens": int(n_supervised), **batches.metrics()})
+        self._record(log, loss, lr, seconds, int(tokens), {"supervised_tokens": int(n_supervised), **batches.metrics()})
         return bool(stopping)
 
     def _backward(self, micro_batches, n_supervised: torch.Tensor) -> float:

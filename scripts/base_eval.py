@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat import flags
 from nanochat.common import Runtime, UserError, close_runtime, init_runtime, print0, run_script
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import open_dataset
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-tokens", type=int, default=None,
                         help=f"tokens per split for bits per byte; default: {EVAL_STEPS} training steps' worth")
     parser.add_argument("--device-batch-size", type=int, default=32, help="rows per rank and forward pass")
-    parser.add_argument("--unigram-tokens", type=int, default=1_000_000,
+    parser.add_argument("--unigram-tokens", type=flags.count, default=1_000_000,
                         help="most training tokens to fit the token unigram on, for comparison; 0 = no unigram")
     parser.add_argument("--bundle", type=Path, default=None, help="evaluation bundle folder; default: the mini bundle")
     parser.add_argument("--max-per-task", type=int, default=None, help="most items per task of the bundle")

@@ -6,6 +6,7 @@ Under torchrun every rank trains its share; accumulation makes up the rest of --
 
 import argparse
 
+from nanochat import flags
 from nanochat.common import UserError, base_dir, close_runtime, init_runtime, print0, run_script
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import open_dataset
@@ -19,20 +20,29 @@ from nanochat.train import LoaderBatches, Schedule
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="builtin", help="builtin, or a folder of .parquet, .jsonl or .txt")
-    parser.add_argument("--depth", type=int, default=20, help="layers; width is 64 x depth")
-    parser.add_argument("--sequence-len", type=int, default=2048, help="context length in tokens")
+    parser.add_argument("--depth", type=flags.positive_int, default=20, help="layers; width is 64 x depth")
+    parser.add_argument("--sequence-len", type=flags.positive_int, default=2048, help="context length in tokens")
     parser.add_argument("--window-pattern", default="L", help="per layer: L full attention, S a quarter of the context")
-    parser.add_argument("--num-steps", type=int, default=-1, help="updates; -1 = from --param-data-ratio")
-    parser.add_argument("--param-data-ratio", type=float, default=20.0, help="training tokens per parameter")
-    parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens per update over all ranks")
-    parser.add_argument("--warmup", type=float, default=0.0, help="fraction of the steps with a rising learning rate")
-    parser.add_argument("--warmdown", type=float, default=0.2, help="fraction of the steps with a falling one")
-    parser.add_argument("--eval-tokens", type=int, default=20 * 524288, help="validation tokens per evaluation")
+    parser.add_argument("--num-steps", type=flags.positive_int_or_off, default=-1,
+                        help="updates; -1 = from --param-data-ratio")
+    parser.add_argument("--param-data-ratio", type=flags.positive_float, default=20.0,
+                        help="training tokens per parameter")
+    parser.add_argument("--total-batch-size", type=flags.positive_int, default=524288,
+                        help="tokens per update over all ranks")
+    parser.add_argument("--warmup", type=flags.fraction, default=0.0,
+                        help="fraction of the steps with a rising learning rate")
+    parser.add_argument("--warmdown", type=flags.fraction, default=0.2,
+                        help="fraction of the steps with a falling one")
+    parser.add_argument("--eval-tokens", type=flags.positive_int, default=20 * 524288,
+                        help="validation tokens per evaluation")
     add_training_flags(parser, device_batch_size=32, lr_scale=1.0, eval_every=250, save_every=1000)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.warmup + args.warmdown > 1:
+        raise UserError("--warmup and --warmdown must be at most 1 together, got "
+                        f"{args.warmup} and {args.warmdown}")
     runtime = init_runtime(args.device, seed=args.seed)
     dataset = open_dataset(args.data)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
@@ -74,12 +84,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _num_steps(args: argparse.Namespace, n_params: int) -> int:
-    if args.num_steps == 0 or args.num_steps < -1:
-        raise UserError(f"--num-steps must be at least 1, or -1 for --param-data-ratio, got {args.num_steps}")
     if args.num_steps > 0:
         return args.num_steps
-    if args.param_data_ratio <= 0:
-        raise UserError(f"--param-data-ratio must be above 0, got {args.param_data_ratio}")
     return max(1, round(args.param_data_ratio * n_params / args.total_batch_size))
 
 

@@ -77,10 +77,31 @@ def test_training_refuses_unknown_kernels_and_batches_that_do_not_divide(trained
         "got 100")
     assert fails(mid_train, ["--rows-per-step", "7", "--device-batch-size", "4", "--device", "cpu"], capsys) == (
         "--rows-per-step must be a positive multiple of device-batch-size 4 x ranks 1 = 4, got 7")
-    assert fails(base_train, [*trained, "--num-steps", "0"], capsys) == (
-        "--num-steps must be at least 1, or -1 for --param-data-ratio, got 0")
+    assert fails(base_train, [*trained, "--warmup", "0.5", "--warmdown", "0.6"], capsys) == (
+        "--warmup and --warmdown must be at most 1 together, got 0.5 and 0.6")
+    assert fails(mid_train, ["--sequence-len", "33", "--device", "cpu"], capsys) == (
+        "--sequence-len must be at most the model's context of 32 tokens, got 33")
     assert fails(base_train, [*trained, "--device", "cuda:x"], capsys) == (
         "--device must be auto, cpu, cuda or cuda:N, got 'cuda:x'")
+
+
+@pytest.mark.parametrize("program, flag, value, rule", [
+    (base_train, "--num-steps", "0", "a whole number of at least 1, or -1"),
+    (base_train, "--sequence-len", "0", "a whole number of at least 1"),
+    (base_train, "--param-data-ratio", "nan", "a number above 0"),
+    (base_train, "--matrix-lr", "inf", "a number of at least 0"),
+    (base_train, "--lr-scale", "-1", "a number of at least 0"),
+    (base_train, "--warmdown", "1.5", "a number from 0 to 1"),
+    (base_train, "--save-every", "0", "a whole number of at least 1, or -1"),
+    (base_train, "--seed", "4294967296", "a whole number from 0 to 2^32 - 1"),
+    (mid_train, "--eval-batches", "two", "a whole number of at least 1"),
+    (mid_train, "--seed", "-1", "a whole number from 0 to 2^32 - 1"),
+])
+def test_numbers_outside_their_range_are_refused_with_the_rule(program, flag, value, rule, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.parse_args([f"{flag}={value}"])
+    assert stop.value.code == 2
+    assert f"argument {flag}: must be {rule}, got {value!r}" in capsys.readouterr().err
 
 
 def test_training_again_never_overwrites_a_checkpoint(trained, capsys):
@@ -128,7 +149,7 @@ def test_a_corrupt_checkpoint_is_named_and_never_loaded(trained, capsys):
     path.write_bytes(data)
     sentence = fails(mid_train, ["--device", "cpu"], capsys)
     assert sentence == (f"stage base has no whole checkpoint in {base_dir() / 'checkpoints' / 'base' / 'd1'}; "
-                        "train it first")
+                        "those there are damaged, train it again")
     with pytest.raises(UserError, match="model.safetensors"):
         load_model("base", device="cpu", step=2)
 
