@@ -20,7 +20,7 @@ from nanochat.train import LoaderBatches, Schedule
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="builtin", help="builtin, or a folder of .parquet, .jsonl or .txt")
-    parser.add_argument("--depth", type=flags.positive_int, default=20, help="layers; width is 64 x depth")
+    parser.add_argument("--depth", type=int, default=20, help="layers; width is 64 x depth")
     parser.add_argument("--sequence-len", type=flags.positive_int, default=2048, help="context length in tokens")
     parser.add_argument("--window-pattern", default="L", help="per layer: L full attention, S a quarter of the context")
     parser.add_argument("--num-steps", type=flags.positive_int_or_off, default=-1,

@@ -51,8 +51,6 @@ def snapshot():
     ("base_train", [*BASE, "--data", "TEXTS", "--depth", "0"], "model of depth 0: n_layer must be at least 1, got 0"),
     ("base_train", [*BASE, "--data", "TEXTS", "--window-pattern", "X"],
      "model of depth 2: window_pattern must be letters L and S, got 'X'"),
-    ("base_train", [*BASE, "--data", "TEXTS", "--param-data-ratio", "0"],
-     "--param-data-ratio must be above 0, got 0.0"),
     ("base_train", [*BASE, "--data", "/nowhere"],
      "data /nowhere is not prepared, run python -m scripts.dataset --data /nowhere"),
     ("base_train", [*BASE, "--data", "TEXTS", "--num-steps", "1", "--wandb", "x"],
