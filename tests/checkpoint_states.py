@@ -45,7 +45,7 @@ def assert_is_step(path, step):
 def run_child(function, *args):
     child = FORKSERVER.Process(target=function, args=args)
     child.start()
-    child.join(60)
+    child.join(300)
     assert child.exitcode == 0
 
 

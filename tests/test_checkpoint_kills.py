@@ -201,7 +201,7 @@ def run_ranks(tmp_path, function, *args, world_size=2):
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(300)
     assert [child.exitcode for child in children] == [0] * world_size
 
 
