@@ -57,16 +57,29 @@ class EvenLength(GeneratedTask):
 
 
 def prepare_base_dir(folder: Path) -> None:
-    """Make `folder` the base directory, with a dataset of 40 short documents and a tokenizer of 300 ids."""
+    """Make `folder`/artifacts the base directory, with a dataset of 40 short documents and a tokenizer of 300 ids."""
     os.environ["NANOCHAT_BASE_DIR"] = str(folder / "artifacts")
-    TASKS.setdefault(EvenLength.name, EvenLength)
-    texts = folder / "texts"
-    texts.mkdir(parents=True)
-    documents = [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(1, 4 + i % 23)) for i in range(40)]
-    lines = (json.dumps({"text": f"{i}: {document}."}) for i, document in enumerate(documents))
-    (texts / "all.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    prepare(str(texts))
+    register_task()
+    documents = write_texts(folder)
+    prepare(str(folder / "texts"))
     Tokenizer.train(documents, VOCAB).save()
+
+
+def register_task() -> None:
+    TASKS.setdefault(EvenLength.name, EvenLength)
+
+
+def write_texts(folder: Path) -> list[str]:
+    """Write 40 short documents to `folder`/texts and return them."""
+    documents = [f"{i}: " + " ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(1, 4 + i % 23)) for i in range(40)]
+    (folder / "texts").mkdir(parents=True)
+    lines = "\n".join(json.dumps({"text": document}) for document in documents)
+    (folder / "texts" / "all.jsonl").write_text(lines, encoding="utf-8")
+    return documents
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_base_dir(original: Path, copy: Path, *, without: tuple[str, ...] = ()) -> None:
@@ -74,7 +87,7 @@ def copy_base_dir(original: Path, copy: Path, *, without: tuple[str, ...] = ()) 
     shutil.copytree(original, copy)
     os.environ["NANOCHAT_BASE_DIR"] = str(copy / "artifacts")
     for stage in without:
-        shutil.rmtree(copy / "artifacts" / "checkpoints" / stage, ignore_errors=True)
+        remove(copy / "artifacts" / "checkpoints" / stage)
         metrics_path(stage).unlink(missing_ok=True)
 
 
