@@ -62,10 +62,11 @@ esac
 if [ "$preset" = tiny ]; then
     data="${data:-builtin}"
     base_flags=(--sequence-len 256 --device-batch-size 8 --total-batch-size 2048 --num-steps 250
-        --eval-every 50 --eval-tokens 40960 --save-every 50)
+        --eval-every 50 --eval-tokens 20480 --save-every 50)
     mid_flags=(--device-batch-size 8 --rows-per-step 8 --num-steps 80 --eval-every 40 --save-every 40)
     sft_flags=(--device-batch-size 24 --rows-per-step 24 --num-steps 200 --lr-scale 0.5 --eval-every 100 --save-every 50)
-    rl_flags=()
+    rl_flags=(--examples-per-step 16 --num-samples 8 --num-steps 20 --device-batch-size 32 --lr-scale 0.1 --max-tokens 48
+        --eval-problems 100 --eval-every 20 --save-every 5)
 else
     data="${data:-fineweb-edu}"
     base_flags=(--device-batch-size "$device_batch" --param-data-ratio 20)

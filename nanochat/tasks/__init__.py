@@ -15,7 +15,7 @@ CHAT_CORE_TASKS = tuple(name for name in TASKS if name != Sums.name)
 # mostly the arithmetic that the tiny model is judged by, with few three-operand problems so that RL finds
 # something to improve.
 MID_MIXTURE = "arithmetic=4000,arithmetic-hard=300,spelling=600,identity=300,choice=800"
-SFT_MIXTURE = "arithmetic=5000,arithmetic-hard=300,spelling=400,identity=300,choice=800"
+SFT_MIXTURE = "arithmetic=4500,arithmetic-hard=900,spelling=400,identity=200,choice=800"
 
 __all__ = ["CHAT_CORE_TASKS", "MID_MIXTURE", "SFT_MIXTURE", "TASKS", "Answer", "GeneratedTask", "Task", "TaskMixture",
            "exchange", "make_task", "parse_mixture"]
