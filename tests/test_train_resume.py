@@ -122,6 +122,18 @@ def test_a_resumed_run_cuts_the_metrics_back_to_its_checkpoint(workplace, monkey
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_death_before_the_last_checkpoint_finds_the_report_written(workplace, monkeypatch, stage):
+    """Once that checkpoint exists the stage is finished, and nothing would write its section any more."""
+    folder, _ = workplace(stage)
+    (section,) = (base_dir() / "report").glob(f"section_{'base-training' if stage == 'base' else stage}*.json")
+    section.unlink()
+    monkeypatch.setattr(Trainer, "save", lambda self, batches: tiny.die())
+    with pytest.raises(Crash):
+        train(stage, folder)
+    assert section.exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_finished_stage_is_left_alone(reference, workplace, capsys, stage):
     folder, _ = workplace()
     assert list((base_dir() / "report").glob(f"section_{stage}*.json"))
@@ -265,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
 # --- two ranks ------------------------------------------------------------------------------------
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tiny_pipeline", "scripts.base_train", "scripts.chat_sft", "test_train_resume"])
+FORKSERVER.set_forkserver_preload(["torch._dynamo", "scripts.base_train", "scripts.chat_sft", "test_train_resume"])
 
 
 def free_ports(n: int) -> list[int]:

@@ -127,6 +127,10 @@ class Crash(BaseException):
     """Stands for a sudden death inside the process: nothing in the programs may catch it."""
 
 
+def die() -> None:
+    raise Crash
+
+
 def crash_at(monkeypatch, step: int) -> None:
     """Let the run die when it records training step `step`: the update is done, nothing of it is saved."""
     add = MetricsLog.add
@@ -134,7 +138,7 @@ def crash_at(monkeypatch, step: int) -> None:
     def adding(self, **row):
         add(self, **row)
         if row["step"] == step and "loss" in row:
-            raise Crash
+            die()
 
     monkeypatch.setattr(MetricsLog, "add", adding)
 
