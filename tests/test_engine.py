@@ -147,6 +147,14 @@ def test_a_refused_expression_forces_nothing(make):
     assert_recomputed(engine, [[completion]], [prompt_of(10)], GREEDY)
 
 
+def test_each_call_has_its_own_expression(make):
+    engine = make()
+    engine.model.script = tool_script(engine.tokenizer, 6, "37+85") | tool_script(engine.tokenizer, 18, "2*3")
+    (completion,), = engine.generate([prompt_of(6)], GREEDY)
+    assert completion.tool_calls == [("37+85", "122"), ("2*3", "6")]
+    assert_recomputed(engine, [[completion]], [prompt_of(6)], GREEDY)
+
+
 def test_tools_off_forces_nothing_and_hides_the_span(make):
     engine = make(tools="off")
     engine.model.script = tool_script(engine.tokenizer, 6, "37+85")
