@@ -80,8 +80,6 @@ class RolloutBatches:
         if settings.examples_per_step % runtime.world_size:
             raise UserError(f"--examples-per-step must be a multiple of ranks {runtime.world_size}, got "
                             f"{settings.examples_per_step}")
-        if rows_per_batch < 1:
-            raise UserError(f"--device-batch-size must be at least 1, got {rows_per_batch}")
         self.task, self.engine, self.settings = task, engine, settings
         self.rows_per_batch, self.runtime = rows_per_batch, runtime
         self._next = 0 if state is None else state["next_problem"]

@@ -378,7 +378,6 @@ def test_the_metrics_and_the_report_tell_reward_pass_at_k_and_engine(tiny_run, m
     (["--temperature", "0"], "--temperature must be a number above 0 (equal answers have advantage 0), got 0.0"),
     (["--temperature", "nan"], "--temperature must be a number above 0 (equal answers have advantage 0), got nan"),
     (["--num-steps", "0"], "--num-steps must be at least 1, or -1 for one pass over the problems, got 0"),
-    (["--device-batch-size", "0"], "--device-batch-size must be at least 1, got 0"),
     (["--eval-problems", "0"], "task even-length needs at least one problem, not 0"),
     (["--rollout-batch-size", "0"], "max_batch must be at least 1, got 0"),
     (["--depth", "7"], "stage sft has no whole checkpoint in "),
