@@ -107,3 +107,18 @@ def recomputed(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Samp
             if python_end not in expression:
                 result = calculate(tokenizer.decode(expression))
                 forced = [] if result is None else [output_start, *tokenizer.encode(result), output_end]
+
+
+def assert_recomputed(engine, results, prompts, params):
+    """Every sample's tokens, mask and end are those of full recomputation."""
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    for prompt, p, samples in zip(prompts, params, results, strict=True):
+        assert len(samples) == p.n
+        for i, c in enumerate(samples):
+            want = recomputed(engine.model, engine.tokenizer, prompt, p, i, engine.tools, guess=c.ids)
+            assert (c.ids, c.mask, c.finish_reason) == want
+
+
+def assert_idle(engine):
+    engine.check()
+    assert engine.pool.free == engine.pool.total and not engine.running and not engine.waiting

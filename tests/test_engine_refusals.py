@@ -1,0 +1,71 @@
+"""What the engine refuses, each in a sentence, and the largest request that it does serve."""
+
+import dataclasses
+
+import pytest
+from tiny_engine import GREEDY, assert_idle, assert_recomputed, byte_tokenizer, prompt_of, random_model
+
+from nanochat.common import UserError
+from nanochat.engine import Engine, SamplingParams
+
+
+@pytest.fixture
+def make():
+    def engine(**options):
+        return Engine(random_model(), byte_tokenizer(), **options)
+    return engine
+
+REFUSED = [
+    ([], {}, "a prompt must have at least 1 token, got 0"),
+    (prompt_of(97), {}, "a prompt must fit the context of 96 tokens, got 97"),
+    ([1, 265], {}, "prompt tokens must be ids from 0 to 264, got 1 to 265"),
+    ([-1], {}, "prompt tokens must be ids from 0 to 264, got -1 to -1"),
+    (prompt_of(60), {}, "a request of 84 tokens needs 6 pages of 16 tokens, the pool has 4"),
+    (prompt_of(41), {"n": 2}, "a request of 65 tokens needs 5 pages of 16 tokens, the pool has 4"),
+]
+
+
+@pytest.mark.parametrize("prompt, changes, sentence", REFUSED)
+def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(make, prompt, changes, sentence):
+    engine, params = make(n_pages=4), dataclasses.replace(GREEDY, **changes)
+    with pytest.raises(UserError) as error:
+        engine.generate([prompt, prompt], params)
+    assert str(error.value) == sentence
+    results = engine.generate([prompt_of(7), prompt, prompt_of(16)], [GREEDY, params, GREEDY])
+    refused = [(c.finish_reason, c.error, c.ids, c.text) for c in results.pop(1)]
+    assert refused == [("error", sentence, [], "")] * params.n
+    assert_recomputed(engine, results, [prompt_of(7), prompt_of(16)], GREEDY)
+    assert_idle(engine)
+
+
+def test_the_largest_request_that_fits_is_served(make):
+    engine = make(n_pages=4)
+    prompts, params = [prompt_of(41), prompt_of(40)], [GREEDY, dataclasses.replace(GREEDY, n=3, max_tokens=9)]
+    assert_recomputed(engine, engine.generate(prompts, params), prompts, params)
+
+
+@pytest.mark.parametrize("field, value, sentence", [
+    ("max_tokens", -1, "max_tokens must be at least 0, got -1"),
+    ("temperature", -0.5, "temperature must be a finite number of at least 0, got -0.5"),
+    ("temperature", float("nan"), "temperature must be a finite number of at least 0, got nan"),
+    ("top_k", 0, "top_k must be at least 1, or None for all, got 0"),
+    ("seed", -1, "seed must be from 0 to 2^63 - 1, got -1"),
+    ("seed", 2**63, "seed must be from 0 to 2^63 - 1, got 9223372036854775808"),
+    ("n", 0, "n must be at least 1, got 0"),
+])
+def test_sampling_parameters_out_of_range(field, value, sentence):
+    with pytest.raises(UserError) as error:
+        SamplingParams(**{field: value})
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (dict(tools="python"), "tools must be one of calculator, off, got 'python'"),
+    (dict(page_size=0), "page_size must be at least 1, got 0"),
+    (dict(n_pages=0), "n_pages must be at least 1, got 0"),
+    (dict(max_batch=0), "max_batch must be at least 1, got 0"),
+])
+def test_engine_options_out_of_range(make, options, sentence):
+    with pytest.raises(UserError) as error:
+        make(**options)
+    assert str(error.value) == sentence
