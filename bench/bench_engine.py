@@ -40,9 +40,11 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer, prompts = trained(args) if args.stage else random_tiny(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=0.0)
     print(f"{'round':>5} {'64 rows':>12} {'1 row':>12} {'ratio':>6}   requests/s")
-    rounds = [measure(model, tokenizer, prompts, params) for _ in range(args.rounds + 1)][1:]
-    for i, row in enumerate(rounds):
-        print(f"{i:>5} {row['batched']:>12.2f} {row['single']:>12.2f} {row['ratio']:>6.2f}")
+    rounds = []
+    for i in range(args.rounds + 1):
+        row = measure(model, tokenizer, prompts, params)
+        print(f"{i or 'warm':>5} {row['batched']:>12.2f} {row['single']:>12.2f} {row['ratio']:>6.2f}", flush=True)
+        rounds += [row] if i else []
     ratios = sorted(row["ratio"] for row in rounds)
     print(f"ratio: median {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}; equal text")
     print(json.dumps({
