@@ -91,7 +91,8 @@ def reference(tmp_path_factory):
         assert process.exitcode == 0
         seconds[stage] = time.perf_counter() - started
     os.environ["NANOCHAT_BASE_DIR"] = before
-    return folder, snapshots, outcomes, seconds
+    yield folder, snapshots, outcomes, seconds
+    tiny.forget_task()
 
 
 def _content(path: Path) -> tuple[dict, dict]:

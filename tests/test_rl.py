@@ -342,7 +342,8 @@ def tiny_run(tmp_path_factory):
     for stage in tiny.PROGRAMS:
         tiny.train(stage, folder, "--num-steps", "2", "--eval-every", "1")
     os.environ["NANOCHAT_BASE_DIR"] = before
-    return folder
+    yield folder
+    tiny.forget_task()
 
 
 def test_the_metrics_and_the_report_tell_reward_pass_at_k_and_engine(tiny_run, monkeypatch):

@@ -40,6 +40,7 @@ def reference(tmp_path_factory):
     os.environ["NANOCHAT_BASE_DIR"] = before
     yield folder, outcomes
     torch.set_num_threads(threads)
+    tiny.forget_task()
 
 
 @pytest.fixture

@@ -69,6 +69,11 @@ def register_task() -> None:
     TASKS.setdefault(EvenLength.name, EvenLength)
 
 
+def forget_task() -> None:
+    """A toy task must not show up in other tests' lists."""
+    TASKS.pop(EvenLength.name, None)
+
+
 def write_texts(folder: Path) -> list[str]:
     """Write 40 short documents to `folder`/texts and return them."""
     documents = [f"{i}: " + " ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(1, 4 + i % 23)) for i in range(40)]
