@@ -372,6 +372,15 @@ def test_the_stream_is_the_completion_in_pieces(make):
     assert "".join(e[1] for e in events if e[0] == "text") == whole.text
 
 
+def test_half_a_character_before_a_call_is_not_finished_behind_it(make):
+    engine = make()
+    half, rest = "é".encode()
+    engine.model.script = {10: half} | tool_script(engine.tokenizer, 11, "6*7") | {20: rest}
+    (completion,), = engine.generate([prompt_of(10)], dataclasses.replace(GREEDY, max_tokens=11))
+    assert completion.tool_calls == [("6*7", "42")] and completion.ids[10] == rest
+    assert completion.text == "\ufffd\ufffd"
+
+
 def test_events_come_as_they_happen_and_leaving_aborts(make):
     engine = make()
     engine.model.script = {10: ord("a"), 11: ord("b"), 12: ord("c")}
