@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from tiny_engine import CONFIG, byte_tokenizer, random_model, tool_script
+from tiny_engine import one_thread as one_thread
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError, base_dir, run_script

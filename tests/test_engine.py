@@ -16,6 +16,7 @@ from tiny_engine import (
     recomputed,
     tool_script,
 )
+from tiny_engine import one_thread as one_thread
 
 import nanochat.engine.engine
 from nanochat.common import UserError

@@ -5,6 +5,7 @@ The oracle computes the whole sequence again for every token with the dense forw
 
 import dataclasses
 
+import pytest
 import torch
 
 from kernels import KernelConfig, resolve
@@ -19,6 +20,15 @@ KERNELS = resolve(KernelConfig.parse("eager"), CPU, torch.float32)
 VOCAB = 256 + len(SPECIAL_TOKENS)
 CONFIG = GPTConfig(sequence_len=96, vocab_size=VOCAB, n_layer=2, n_head=2, n_kv_head=1, n_embd=128)
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For modules that import it: on matrices this small a second thread only spins (20 s, not 130, on busy cores)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class ScriptedGPT(GPT):
