@@ -169,3 +169,12 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit in ("B", "KiB") else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as "3h 51m", "4m 07s" or "12s"."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        minutes = round(seconds / 60)
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

@@ -18,7 +18,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_write, base_dir
+from nanochat.common import UserError, atomic_write, base_dir, duration
 from nanochat.environment import dollars_per_hour, environment, git
 
 STAGES = {"base": "Base training", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
@@ -379,12 +379,3 @@ def value_text(value) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(value_text, value))
     return str(value)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as "3h 51m", "4m 07s" or "12s"."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        minutes = round(seconds / 60)
-        return f"{minutes // 60}h {minutes % 60:02d}m"
-    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

@@ -16,7 +16,7 @@ import torch
 
 from kernels.device import peak
 from nanochat.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from nanochat.common import Runtime, UserError, print0
+from nanochat.common import Runtime, UserError, duration, print0
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
@@ -252,7 +252,7 @@ class Trainer:
         shown = "".join(f" | {k} {v:.3f}" for k, v in extra.items() if isinstance(v, float))
         print0(f"{self.stage} {p.step:05d}/{self.schedule.n_steps:05d} ({100 * p.step / self.schedule.n_steps:.1f}%) | "
                f"loss {loss:.4f}{shown} | lr {lr:.3f} | {seconds * 1e3:,.0f} ms | {tok_per_s:,.0f} tok/s | "
-               f"mfu {'n/a' if mfu is None else f'{mfu:.1f}%'} | eta {clock(eta)}")
+               f"mfu {'n/a' if mfu is None else f'{mfu:.1f}%'} | eta {duration(eta)}")
 
     @property
     def smooth_loss(self) -> float:
@@ -293,11 +293,3 @@ class Trainer:
         tensors = {"model": self.model.state_dict(), "optim": self.optimizer.state_dict(), "rng": rng_state()}
         return save_checkpoint(self.folder, self.progress.step, tensors, state, rank=self.runtime.rank,
                                world_size=self.runtime.world_size)
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as "1h 02m", "3m 07s" or "12s"."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
