@@ -1,4 +1,4 @@
-"""What the machine offers: compute capability, Triton or its interpreter, peak rates.
+"""What the machine offers: Triton or its interpreter, compute capability, tiles for it, peak rates.
 
 Peak rates are the vendors' dense figures without sparsity (data sheets of the SXM parts). An unknown GPU has no
 peak: callers print "n/a" rather than a percentage of a guess.
@@ -6,10 +6,29 @@ peak: callers print "n/a" rather than a percentage of a guess.
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
 import torch
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+class _Absent:
+    """Stands in for triton where it is not installed: kernels can be decorated, and then nobody offers them."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *args, **kwargs):
+        return args[0] if args and callable(args[0]) else self
+
+
+# Triton 3.10 turns the fusion of multiply and add off unless told otherwise; our figures are with it, on every version.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+HAS_TRITON = not isinstance(triton, _Absent)
 
 # name fragment -> dense bf16 FLOP/s, dense fp8 FLOP/s, memory bytes/s; first match wins
 PEAKS = (
@@ -22,8 +41,14 @@ PEAKS = (
 )
 
 
+# The capability that `meta` tensors stand for while kernels are compiled without a GPU (kernels/compile_table.py).
+META_SM: int | None = None
+
+
 def sm(device: torch.device) -> int | None:
     """Return the compute capability as 10 * major + minor (90 on an H100), or None off CUDA."""
+    if device.type == "meta":
+        return META_SM
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -37,6 +62,19 @@ def interpreter_on() -> bool:
     are imported.
     """
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pick_tile(tiles: Mapping[tuple, dict], device: torch.device, *size_class) -> dict:
+    """Return the entry of an op's TILES for this device, keyed (sm, *size_class).
+
+    Without an entry for the very capability the next lower one is taken. sm 0 is the interpreter's: small blocks, so
+    that tiny shapes already need several of them.
+    """
+    have = sm(device) or 0
+    known = [key[0] for key in tiles if key[1:] == size_class and key[0] <= have]
+    if not known:
+        raise ValueError(f"no tile for sm{have} and {size_class}; there are {', '.join(map(str, tiles))}")
+    return tiles[(max(known), *size_class)]
 
 
 def device_name(device: torch.device) -> str:

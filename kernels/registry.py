@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from kernels import device as device_module
 from kernels.device import HAS_TRITON, interpreter_on, sm
 
 RMS_NORM_EPS = 1.1920929e-07  # fp32's epsilon in every dtype; torch's default in fp64 is 2.2e-16
@@ -54,7 +55,7 @@ class Op:
 class Backend:
     """One implementation of an op and what it needs.
 
-    needs: "cuda", "triton" (CUDA, or the interpreter), "sm80".. or the name of a Python package.
+    needs: "cuda", "triton" (CUDA of sm80 or later, or the interpreter), "sm90".. or the name of a Python package.
     uses: other ops whose resolved callable is passed as keyword argument of the same name.
     check(shapes) -> the broken rule in words, or None; shapes is what the caller of `resolve` knows (head_dim, ...).
     rank: `auto` takes the available backend of lowest rank.
@@ -89,6 +90,25 @@ def register(op: str, name: str, **properties) -> Callable[[Callable], Callable]
     return add
 
 
+def custom_op(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Make the decorated launcher the operator torch.ops.kernels.<name>: opaque to torch.compile, no graph break.
+
+    fake(*same arguments) -> outputs of the right shape, dtype and device without computing. It is not `triton_op`,
+    whose kernels do not run in the interpreter inside a compiled graph. While kernels are compiled without a GPU the
+    launcher itself runs on meta tensors, so that what gets compiled is what would be launched.
+    """
+
+    def add(fn: Callable) -> Callable:
+        def trace(*args, **kwargs):
+            return (fake if device_module.META_SM is None else fn)(*args, **kwargs)
+
+        op = torch.library.custom_op(f"kernels::{name}", fn, mutates_args=mutates)
+        op.register_fake(trace)
+        return op
+
+    return add
+
+
 def declare(op: Op) -> Op:
     """Add the description of an op whose backends are registered."""
     if op.name not in BACKENDS:
@@ -117,7 +137,9 @@ def _unmet(need: str, device: torch.device) -> str | None:
     if need == "triton":
         if not HAS_TRITON:
             return "package triton is not importable"
-        runs = device.type == "cuda" or interpreter_on()
+        if device.type == "cuda":
+            return _unmet("sm80", device)
+        runs = interpreter_on() or device.type == "meta"
         return None if runs else f"Triton needs a CUDA GPU, this is {device.type}"
     if need.startswith("sm") and need[2:].isdigit():
         have = sm(device)

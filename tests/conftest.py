@@ -12,6 +12,9 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit decorates, hence before any kernel file
+    from kernels import interpreter
+
+    interpreter.install()
 
 
 def pytest_configure(config):

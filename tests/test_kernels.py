@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import KernelConfig, resolve
+from kernels import KernelConfig, KernelError, interpreter, resolve
 from kernels.check import assert_parity, run, small_cases
 from kernels.newton_schulz import newton_schulz_eager
 from kernels.registry import BACKENDS, OPS, callable_of, why_not
@@ -15,6 +15,11 @@ CPU = torch.device("cpu")
 PARITY = [pytest.param(op, backend, case, dtype, id=f"{op}-{backend}-{case}-{str(dtype).removeprefix('torch.')}")
           for op in OPS for backend in BACKENDS[op] if backend != "eager"
           for case in small_cases(OPS[op]) for dtype in OPS[op].dtypes]
+
+
+# every backend that Triton's interpreter runs, at the two smallest cases
+TRITON = [pytest.param(op, backend, case, id=f"{op}-{backend}-{case}") for op in OPS
+          for backend, b in BACKENDS[op].items() if "triton" in b.needs for case in small_cases(OPS[op])[:2]]
 
 
 def inputs_of(op: str, case: str, dtype=torch.float64) -> dict:
@@ -27,6 +32,25 @@ def test_backend_is_as_exact_as_eager(op, backend, case, dtype):
     if reason:
         pytest.skip(reason)
     assert_parity(op, backend, case, dtype, CPU)
+
+
+@pytest.mark.parametrize("op, backend, case", TRITON)
+def test_triton_takes_strided_inputs_or_refuses_them_by_name(op, backend, case):
+    try:
+        assert_parity(op, backend, case, torch.float32, CPU, strided=True)
+    except KernelError as error:
+        assert str(error).startswith(f"{op}[{backend}]: ")
+
+
+@pytest.mark.parametrize("op, backend, case", TRITON)
+def test_triton_programs_may_run_in_any_order(op, backend, case):
+    values = inputs_of(op, case, torch.float32)
+    fn = callable_of(op, backend)
+    once = run(OPS[op], fn, values)
+    for seed in (1, 2):
+        with interpreter.shuffled(seed):
+            again = run(OPS[op], fn, values)
+        assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_sdpa_parity_really_ran():

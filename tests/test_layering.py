@@ -78,10 +78,10 @@ def import_faults(path, text):
 
 def kernel_edge_allowed(stem, name):
     """Op files see the registry, the device and their own edge; registry sees device; device sees neither."""
-    if not name.startswith("kernels") or stem in ("__init__", "__main__"):
+    if not name.startswith("kernels") or stem in ("__init__", "__main__", "compile_table"):
         return True
     module = ".".join(name.split(".")[:2])
-    allowed = {"registry": {"kernels.device"}, "device": set()}.get(stem, {"kernels.registry", "kernels.device"})
+    allowed = {"registry": {"kernels", "kernels.device"}, "device": set(), "interpreter": set()}.get(stem, {"kernels.registry", "kernels.device"})
     return module in allowed or (stem, module) in OP_EDGES
 
 
