@@ -4,7 +4,6 @@ Peak rates are the vendors' dense figures without sparsity (data sheets of the S
 peak: callers print "n/a" rather than a percentage of a guess.
 """
 
-import importlib.util
 import os
 from collections.abc import Mapping
 

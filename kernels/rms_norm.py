@@ -1,8 +1,7 @@
 """RMSNorm without weight: y = x / sqrt(mean(x^2) + eps) over the last dimension.
 
-Fused: forward reads x and writes y, 2 passes of memory instead of eager's 4 (square, mean, rsqrt, multiply read x twice);
-backward reads x and dy and writes dx, 3 passes, and takes 1 / rms from the forward pass (4 bytes a row).
-dx = r (dy - y mean(dy y)) with r = 1 / rms.
+Fused: forward reads x and writes y, two passes over memory; backward reads x and dy and writes dx, three, and takes
+r = 1 / rms from the forward pass (4 bytes a row): dx = r (dy - y mean(dy y)).
 Numerics: eps is fp32's epsilon in every dtype, also fp64, where torch's default is another number (2.2e-16); all
 arithmetic in fp32, one rounding of the result. Source: nanochat (Nov 2025), arXiv 1910.07467.
 Limits: a row must fit one block, C <= 16,384.

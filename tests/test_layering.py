@@ -81,7 +81,8 @@ def kernel_edge_allowed(stem, name):
     if not name.startswith("kernels") or stem in ("__init__", "__main__", "compile_table"):
         return True
     module = ".".join(name.split(".")[:2])
-    allowed = {"registry": {"kernels", "kernels.device"}, "device": set(), "interpreter": set()}.get(stem, {"kernels.registry", "kernels.device"})
+    of_the_machinery = {"registry": {"kernels", "kernels.device"}, "device": set(), "interpreter": set()}
+    allowed = of_the_machinery.get(stem, {"kernels.registry", "kernels.device"})
     return module in allowed or (stem, module) in OP_EDGES
 
 
