@@ -113,6 +113,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.kernels = kernels
 
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are: `init_weights` or a checkpoint fills them."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernels.linear(x, self.weight)
 
@@ -185,11 +188,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.kernels, self.dtype = config, kernels, dtype
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wte": nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)),
             "h": nn.ModuleList([Block(config, layer, kernels) for layer in range(config.n_layer)]),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, kernels)
-        cos, sin = rotary_table(config.sequence_len, config.head_dim)
+        # Computing on the meta device, under which `build` runs this, would import torch._dynamo: 1.5 s per program.
+        cos, sin = rotary_table(config.sequence_len, config.head_dim, device=torch.device("cpu"))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
