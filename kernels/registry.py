@@ -71,6 +71,7 @@ class Backend:
     rank: int = 100
 
 
+NAMESPACE = "kernels"  # of our operators: torch.ops.kernels.*
 OPS: dict[str, Op] = {}
 BACKENDS: dict[str, dict[str, Backend]] = {}
 
@@ -102,7 +103,7 @@ def custom_op(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Calla
         def trace(*args, **kwargs):
             return (fake if device_module.META_SM is None else fn)(*args, **kwargs)
 
-        op = torch.library.custom_op(f"kernels::{name}", fn, mutates_args=mutates)
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", fn, mutates_args=mutates)
         op.register_fake(trace)
         return op
 

@@ -111,13 +111,14 @@ def rms_norm_liger(x: torch.Tensor) -> torch.Tensor:
 
 
 def _inputs(case, dtype, device, generator) -> dict:
-    return {"x": torch.randn(case["rows"], case["C"], generator=generator).to(device, dtype)}
+    x = torch.randn(case["rows"], case["C"], generator=generator) * case.get("scale", 1.0)
+    return {"x": x.to(device, dtype)}
 
 
 OP = declare(Op(
     "rms_norm",
     cases={"tiny": {"rows": 8, "C": 64}, "odd_rows_7_c_80": {"rows": 7, "C": 80}, "one_row": {"rows": 1, "C": 256},
-           "wide_3_c_2050": {"rows": 3, "C": 2050},
+           "wide_3_c_2050": {"rows": 3, "C": 2050}, "eps_matters": {"rows": 5, "C": 64, "scale": 1e-2},
            "d12": {"rows": 65536, "C": 768}, "d20": {"rows": 65536, "C": 1280}, "d26": {"rows": 32768, "C": 1664}},
     make_inputs=_inputs,
     flops=lambda c: 3 * c["rows"] * c["C"],
