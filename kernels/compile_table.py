@@ -35,7 +35,7 @@ class Row:
     op: str
     kernel: str
     sm: int
-    signature: str  # argument types and constants, enough to tell two compilations apart
+    signature: str  # argument types and constants: tells two compilations apart
     warps: int
     registers: int
     spilled_bytes: int

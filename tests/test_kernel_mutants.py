@@ -1,7 +1,7 @@
 """Mistakes made on purpose in the shipped kernels: the parity check that the real ones pass must find each.
 
-A mutant is one replacement in the source of a file of kernels/. All op files are imported afresh around the changed one,
-their operators in a namespace of their own, and the op must then fail parity in fp32 at one of its small cases.
+A mutant is one replacement in the source of a file of kernels/. All op files are imported afresh around the changed
+one, their operators in a namespace of their own, and the op must then fail parity in fp32 at one of its small cases.
 """
 
 import importlib

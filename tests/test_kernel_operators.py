@@ -1,4 +1,4 @@
-"""Every operator that a Triton backend launches, as torch sees it: schema, fakes, autograd, and whole compiled graphs."""
+"""Every operator that a Triton backend launches, as torch sees it: schemas, fakes, whole compiled graphs."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("op, backend", TRITON, ids=map(ids, TRITON))
 def test_operators_keep_torchs_contract(op, backend):
-    """Schema (nothing mutated or aliased in secret) and fake (shapes, strides, dtypes) agree with what really happens."""
+    """Schema (nothing mutated or aliased in secret) and fake (shapes, strides, dtypes) agree with what happens."""
     with Recorder() as recorded:
         run(OPS[op], callable_of(op, backend), inputs_of(op))
     assert recorded.calls
