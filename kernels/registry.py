@@ -9,13 +9,17 @@ Every op file registers its backends with `@register(op, backend)`, the eager re
 import difflib
 import functools
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 
 from kernels import device as device_module
-from kernels.device import HAS_TRITON, interpreter_on, sm
+from kernels.device import HAS_TRITON, device_name, interpreter_on, sm
+
+BEST_TABLE = Path(__file__).with_name("best.json")  # GPU name -> op -> backend; bench/compare.py --write-best writes it
 
 RMS_NORM_EPS = 1.1920929e-07  # fp32's epsilon in every dtype; torch's default in fp64 is 2.2e-16
 
@@ -231,15 +235,13 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype, shap
     Raises KernelUnavailable when a backend that the user named, in a pair or by preset, does not run here.
     """
     names, notes = {}, []
-    if config.preset == "best":
-        raise KernelUnavailable(f"--kernels {config.text}: best needs a table measured on this GPU, there is none "
-                                f"for this {device.type}; use --kernels auto")
+    measured = _measured_choices(config, device) if config.preset == "best" else {}
     if config.preset == "triton" and not any("triton" in backends for backends in BACKENDS.values()):
         raise KernelUnavailable(f"--kernels {config.text}: no op has a triton backend in this version; "
                                 "use --kernels auto")
     op_fields = [f.name for f in fields(Kernels) if f.name not in ("names", "notes", "requested")]
     for op in op_fields:
-        wanted = config.chosen.get(op) or _preset_choice(config.preset, op)
+        wanted = config.chosen.get(op) or measured.get(op) or _preset_choice(config.preset, op)
         if wanted == "auto":
             names[op], passed_over = _automatic(op, device, dtype, shapes)
             notes += passed_over
@@ -257,7 +259,21 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype, shap
 def _preset_choice(preset: str, op: str) -> str:
     if preset == "triton":
         return "triton" if "triton" in BACKENDS[op] else "eager"
-    return preset
+    return "auto" if preset == "best" else preset  # best.json holds only the ops that were measured
+
+
+def _measured_choices(config: KernelConfig, device: torch.device) -> dict[str, str]:
+    """Return op -> backend as measured on GPUs of this very name; an H200's table is not an H100's."""
+    tables = json.loads(BEST_TABLE.read_text(encoding="utf-8"))
+    name = device_name(device) if device.type == "cuda" else device.type
+    if name not in tables:
+        raise KernelUnavailable(f"--kernels {config.text}: best needs a table measured on this GPU, there is none "
+                                f"for this {name}; use --kernels auto")
+    for op, backend in tables[name].items():
+        if backend not in BACKENDS.get(op, {}):
+            raise KernelUnavailable(f"--kernels {config.text}: {BEST_TABLE.name} has {op}={backend} for this {name}, "
+                                    "which this version lacks; measure again or use --kernels auto")
+    return tables[name]
 
 
 def _automatic(op: str, device: torch.device, dtype, shapes) -> tuple[str, list[str]]:
