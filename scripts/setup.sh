@@ -5,7 +5,8 @@
 #     PYTHON=python3.12 bash scripts/setup.sh
 #
 # Packages come from scripts/requirements.lock, exact and hashed. torch and triton are ranges: a torch that the
-# chosen python already has is used as it is, and plain pip means that a pip configuration has its say.
+# chosen python already has is used as it is, and plain pip means that a pip configuration has its say. What the
+# tokenizer is compared with comes from scripts/peers.lock into .venv/peers, which is on nobody's import path.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,14 +21,15 @@ die() { echo "error: $*" >&2; exit 2; }
 state_hash() {
     {
         cat .venv/pyvenv.cfg 2>/dev/null || echo "no .venv"
-        find scripts/setup.sh scripts/requirements.lock pyproject.toml rustbpe -type f \
+        find scripts/setup.sh scripts/requirements.lock scripts/peers.lock pyproject.toml rustbpe -type f \
             -not -path '*/target/*' -not -name Cargo.lock -not -name '*.so' -not -name '*.pyc' -print0 |
             LC_ALL=C sort -z | xargs -0 sha256sum
     } | sha256sum | cut -d' ' -f1
 }
 
 is_current() {
-    [ -x "$py" ] && [ -f "$stamp" ] && [ "$(<"$stamp")" = "$(state_hash)" ] && ! asks_for_another_python
+    [ -x "$py" ] && [ -d .venv/peers ] && [ -f "$stamp" ] && [ "$(<"$stamp")" = "$(state_hash)" ] &&
+        ! asks_for_another_python
 }
 
 # Only an explicit $PYTHON can differ from the python that .venv was made with.
@@ -121,6 +123,12 @@ install_packages() {
     fi
 }
 
+install_peers() {
+    rm -rf .venv/peers  # pip leaves the old files of a --target folder where they are
+    mkdir .venv/peers
+    pip_install "the peers of scripts/peers.lock" --target .venv/peers --no-deps --require-hashes -r scripts/peers.lock
+}
+
 build_rustbpe() {
     say "building rustbpe in release mode (about half a minute)"
     # CONDA_PREFIX beside VIRTUAL_ENV is refused by maturin; the lock (fd 9) must not pass to a compiler cache daemon
@@ -169,6 +177,7 @@ rm -f "$stamp"
 make_venv
 target=$(state_hash)  # before the work: a source edited during it must not count as built
 install_packages
+install_peers
 build_rustbpe
 check_imports
 echo "$target" >"$stamp.new"

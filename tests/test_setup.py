@@ -32,7 +32,7 @@ class Checkout:
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
-        for name in ("scripts/setup.sh", "scripts/requirements.lock", "pyproject.toml"):
+        for name in ("scripts/setup.sh", "scripts/requirements.lock", "scripts/peers.lock", "pyproject.toml"):
             self.write(name, (ROOT / name).read_text(encoding="utf-8"))
         self.write("rustbpe/Cargo.toml", "[package]")
         self.write("rustbpe/src/lib.rs", "pub fn train() {}")
@@ -83,14 +83,15 @@ def test_first_run_installs_and_the_second_starts_nothing(checkout):
     code, out, err = checkout.run()
     assert (code, err) == (0, "") and "setup: done" in out
     assert [call.split(" ")[2:3] for call in checkout.calls("-m ") if "install" in call or "maturin" in call] == [
-        ["install"], ["install"], ["develop"]]
+        ["install"], ["install"], ["install"], ["develop"]]
     assert checkout.run() == (0, "", "")
     assert checkout.calls("") == []
 
 
-def test_locked_packages_are_checked_by_hash_and_torch_is_a_range(checkout):
+def test_locked_packages_are_checked_by_hash_peers_stay_apart_and_torch_is_a_range(checkout):
     checkout.run()
-    locked, torch = checkout.calls("-m pip install")
+    locked, torch, peers = checkout.calls("-m pip install")
+    assert peers.endswith("--target .venv/peers --no-deps --require-hashes -r scripts/peers.lock")
     assert locked.endswith("--require-hashes -r scripts/requirements.lock") and torch.endswith("torch>=2.9")
 
 
@@ -102,8 +103,8 @@ def test_a_torch_that_python_provides_is_not_installed_again(checkout):
 
 
 @pytest.mark.parametrize("name", ["rustbpe/src/lib.rs", "rustbpe/core/src/new.rs", "rustbpe/Cargo.toml",
-                                  "scripts/requirements.lock", "scripts/setup.sh", "pyproject.toml",
-                                  ".venv/pyvenv.cfg"])
+                                  "scripts/requirements.lock", "scripts/peers.lock", "scripts/setup.sh",
+                                  "pyproject.toml", ".venv/pyvenv.cfg"])
 def test_a_changed_source_changes_the_hash(checkout, name):
     checkout.run()
     before = checkout.hash()
@@ -140,6 +141,16 @@ def test_a_failed_set_up_leaves_no_stamp_and_the_next_one_goes_on(checkout):
     checkout.calls("")
     assert checkout.run()[0] == 0 and checkout.stamp.exists()
     assert not checkout.calls("-m venv"), "a usable .venv was thrown away"
+
+
+def test_peers_that_were_removed_are_installed_again(checkout):
+    checkout.run()
+    checkout.write(".venv/peers/old", "")
+    checkout.calls("")
+    assert checkout.run() == (0, "", "")
+    shutil.rmtree(checkout.folder / ".venv/peers")
+    assert checkout.run()[0] == 0
+    assert checkout.calls("--target .venv/peers") and not (checkout.folder / ".venv/peers/old").exists()
 
 
 def test_set_ups_at_the_same_time_build_once(checkout):
