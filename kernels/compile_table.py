@@ -1,9 +1,12 @@
 """Compile every Triton kernel for GPUs that are not here and say what it needs: python -m kernels.compile_table
 
-Each op's Triton backend runs forward and backward on meta tensors of the d12, d20 and d26 cases; Triton's own launch
+Each op's Triton backend runs forward and backward on meta tensors of its cases d12, d20, d26; Triton's own launch
 path specializes and compiles each kernel for the wanted capability and stops before the launch. ptxas comes with
 triton, so no GPU is needed. A row counts registers and spilled bytes per thread, shared memory, and the instructions
 that make a kernel fast: wgmma (tensor cores of sm90), TMA copies, 16-byte global loads.
+
+bench/baselines/compile.json holds the accepted figures per Triton version. --check fails on a change for the worse, on
+a spill, on tensor cores left unused and on a TILES entry that no case reaches; --write accepts what is there now.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -23,9 +27,14 @@ from triton.runtime.jit import JITFunction
 
 import kernels  # noqa: F401  registers every op
 from kernels import device
+from kernels.check import small_cases
 from kernels.registry import BACKENDS, OPS, Op, callable_of
 
+BASELINE = Path(__file__).resolve().parent.parent / "bench/baselines/compile.json"
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes per block, of A100 and H100
+NEED_WGMMA = ("attention", "newton_schulz", "linear_relu2")  # ops whose matrix products are in Triton
+LESS_IS_BETTER = ("registers", "spilled_bytes", "shared_bytes")
+MORE_IS_BETTER = ("wgmma", "tma", "loads_16_bytes")
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class _NoGPU(DriverBase):
 
 
 def compile_op(op: Op, backend: str, sm: int, dtype: torch.dtype) -> list[Row]:
-    """Compile what `backend` of `op` launches in its d12, d20 and d26 cases; rows in order, duplicates dropped.
+    """Compile what `backend` of `op` launches in its large cases; rows in order, duplicates dropped.
 
     Triton's driver stays the one that runs nothing: use a process of its own.
     """
@@ -96,7 +105,7 @@ def compile_op(op: Op, backend: str, sm: int, dtype: torch.dtype) -> list[Row]:
     driver.set_active(_NoGPU(sm))
     try:
         for name, case in op.cases.items():
-            if name.startswith(("d12", "d20", "d26")):
+            if name not in small_cases(op):
                 _trace(op, backend, case, dtype)
     finally:
         JITFunction.run, device.META_SM = run, None
@@ -147,22 +156,93 @@ def compile_all(ops: list[str], sms: list[int], dtype: torch.dtype = torch.bfloa
             for row in compile_op(OPS[name], backend, sm, dtype)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
-    parser.add_argument("--sm", type=int, choices=SHARED_LIMIT, action="append", help="only this capability")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    args = parser.parse_args()
-    rows = compile_all(args.op or list(OPS), args.sm or [90, 80])
-    if args.json:
-        print(json.dumps({"triton": triton.__version__, "rows": {row.key: asdict(row) for row in rows}}, indent=1))
-        return
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def faults(rows: list[Row]) -> list[str]:
+    """Return a sentence for every rule that a row breaks whatever the baseline says."""
+    found = []
+    for row in rows:
+        if row.spilled_bytes:
+            found.append(f"{row.key}: must not spill, {row.spilled_bytes} bytes do")
+        if row.shared_bytes > SHARED_LIMIT[row.sm]:
+            found.append(f"{row.key}: shared memory must be at most {SHARED_LIMIT[row.sm]} bytes, it is "
+                         f"{row.shared_bytes}")
+    for op in NEED_WGMMA:
+        of_op = [row for row in rows if row.op == op and row.sm == 90]
+        if of_op and not any(row.wgmma for row in of_op):
+            found.append(f"{op}: must use wgmma on sm90, none of its kernels does")
+    return found
+
+
+def changes(rows: list[Row], before: dict[str, dict]) -> list[str]:
+    """Return a sentence for every row that is worse than `before` (key -> figures), new, or gone."""
+    found = [f"{key}: is gone" for key in before.keys() - {row.key for row in rows}]
+    for row in rows:
+        if row.key not in before:
+            found.append(f"{row.key}: is new")
+            continue
+        was = before[row.key]
+        found += [f"{row.key}: {name} was {was[name]}, is {getattr(row, name)}"
+                  for name in LESS_IS_BETTER + MORE_IS_BETTER
+                  if (getattr(row, name) > was[name] if name in LESS_IS_BETTER else getattr(row, name) < was[name])]
+    return found
+
+
+def unused_tiles() -> list[str]:
+    """Return a sentence for every TILES entry of a GPU that nothing compiled in this process has taken."""
+    modules = {sys.modules[b.fn.__module__] for backends in BACKENDS.values() for b in backends.values()}
+    return [f"{module.__name__}: no case reaches {name}[{key}]" for module in modules
+            for name, tiles in vars(module).items() if name.startswith("TILES") for key in tiles
+            if key[0] and (id(tiles), key) not in device.PICKED]
+
+
+def check(rows: list[Row], path: Path) -> list[str]:
+    """Return everything wrong with the whole table; figures of another Triton version are not compared."""
+    known = json.loads(path.read_text(encoding="utf-8"))
+    found = faults(rows) + unused_tiles()
+    if triton.__version__ in known:
+        return found + changes(rows, known[triton.__version__])
+    print(f"note: {path.name} has figures of triton {', '.join(known)}, this is {triton.__version__}: not compared")
+    return found
+
+
+def write(rows: list[Row], path: Path) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known[triton.__version__] = {row.key: asdict(row) for row in rows}
+    path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def show(rows: list[Row]) -> None:
     print(f"triton {triton.__version__}; registers and spilled bytes per thread, shared bytes per block")
     print(f"{'kernel':<32} {'sm':>3} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>7} {'wgmma':>5} {'tma':>4} "
           f"{'16B':>4}  signature")
     for r in rows:
         print(f"{r.kernel:<32} {r.sm:>3} {r.warps:>5} {r.registers:>4} {r.spilled_bytes:>5} {r.shared_bytes:>7} "
               f"{r.wgmma:>5} {r.tma:>4} {r.loads_16_bytes:>4}  {r.signature}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
+    parser.add_argument("--sm", type=int, choices=SHARED_LIMIT, action="append", help="only this capability")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--check", action="store_true", help="compare with the accepted figures; exit 1 when worse")
+    parser.add_argument("--write", action="store_true", help="accept the figures of this Triton version")
+    args = parser.parse_args()
+    if (args.check or args.write) and (args.op or args.sm):
+        parser.error("--check and --write take the whole table, without --op and --sm")
+    rows = compile_all(args.op or list(OPS), args.sm or [90, 80])
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        show(rows)
+    if args.write:
+        write(rows, BASELINE)
+    if args.check:
+        wrong = check(rows, BASELINE)
+        print(*wrong, sep="\n", file=sys.stderr)
+        raise SystemExit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

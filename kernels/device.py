@@ -42,6 +42,7 @@ PEAKS = (
 
 # The capability that `meta` tensors stand for while kernels are compiled without a GPU (kernels/compile_table.py).
 META_SM: int | None = None
+PICKED: set[tuple] = set()  # (id of a TILES table, key) of every entry taken in this process
 
 
 def sm(device: torch.device) -> int | None:
@@ -73,7 +74,9 @@ def pick_tile(tiles: Mapping[tuple, dict], device: torch.device, *size_class) ->
     known = [key[0] for key in tiles if key[1:] == size_class and key[0] <= have]
     if not known:
         raise ValueError(f"no tile for sm{have} and {size_class}; there are {', '.join(map(str, tiles))}")
-    return tiles[(max(known), *size_class)]
+    key = (max(known), *size_class)
+    PICKED.add((id(tiles), key))
+    return tiles[key]
 
 
 def device_name(device: torch.device) -> str:
