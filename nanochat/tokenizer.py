@@ -4,8 +4,6 @@ Ids are 0..255 for the bytes, then the merges in the order learned, then the nin
 encoded as ordinary text and special ids are placed by this file alone, so no user, tool or model text can become one.
 """
 
-import codecs
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -76,12 +74,8 @@ class Tokenizer:
         `progress(phase, done, total)` hears of "count" (bytes, total 0 while unknown) and "merge" (merges), at most
         ten times a second. Warns when the texts have too few different pairs to fill the vocabulary.
         """
-        core = _checked(_extension().train, texts, vocab_size, list(SPECIAL_TOKENS), num_threads=num_threads,
-                        progress=progress)
-        if core.vocab_size < vocab_size:
-            warnings.warn(f"the texts gave a vocabulary of {core.vocab_size} tokens, {vocab_size} were asked for: "
-                          "every piece is one token already", stacklevel=2)
-        return cls(core)
+        return cls(_checked(_extension().train, texts, vocab_size, SPECIAL_TOKENS, num_threads=num_threads,
+                            progress=progress))
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "Tokenizer":
@@ -106,6 +100,18 @@ class Tokenizer:
         atomic_write(path, self._core.to_bytes())
         return path
 
+    def to_huggingface(self) -> str:
+        """Return the text of a tokenizer.json, which `tokenizers` reads; special tokens in a text become their ids."""
+        return self._core.to_huggingface()
+
+    def to_tiktoken(self) -> dict:
+        """Return the keyword arguments of tiktoken.Encoding; its encode_ordinary gives the ids of `encode`."""
+        return self._core.to_tiktoken("nanochat")
+
+    def to_tiktoken_file(self) -> bytes:
+        """Return the ranks in tiktoken's text format, without special tokens."""
+        return self._core.to_tiktoken_file()
+
     # --- ids ---------------------------------------------------------------------------------------
 
     def special_id(self, name: str) -> int:
@@ -116,28 +122,26 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; the names of special tokens in it are ordinary text."""
-        return _checked(self._core.encode, text)
+        return _checked(self._core.encode_ordinary, text)
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Encode many texts at once with the GIL released, on all processors unless `num_threads` says otherwise.
 
         Returns ids uint32 (total,) and offsets int64 (len(texts) + 1,): text i is ids[offsets[i]:offsets[i + 1]].
         """
-        ids, offsets = _checked(self._core.encode_batch, texts, num_threads=num_threads)
-        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.int64)
+        return _checked(self._core.encode_batch, texts, num_threads=num_threads)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of `ids` (any iterable, array or tensor of ints); a special token gives its name."""
-        return _checked(self._core.decode_bytes, ids.tolist() if hasattr(ids, "tolist") else ids)
+        return _checked(self._core.decode_bytes, ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return _checked(self._core.decode, ids)
 
     def token_bytes(self) -> np.ndarray:
         """Return int32 (vocab_size,): how many bytes of text each id stands for, 0 for special tokens."""
-        lengths = [len(self.decode_bytes([id])) for id in range(self.bos_id)]
-        return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+        return self._core.token_bytes()
 
     def stream_decoder(self) -> "StreamDecoder":
         """Return a decoder that turns ids into text one at a time."""
@@ -182,17 +186,15 @@ class StreamDecoder:
     """Ids -> text, one at a time: a character comes out whole, when its last byte is in; special tokens give ""."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._core = rustbpe.StreamDecoder(tokenizer._core)
 
     def push(self, id: int) -> str:
         """Return the text that `id` completes."""
-        data = self._tokenizer.decode_bytes([id])
-        return "" if id >= self._tokenizer.bos_id else self._utf8.decode(data)
+        return _checked(self._core.push, id)
 
     def flush(self) -> str:
         """Return what is left at the end: U+FFFD for a character that never became whole, else ""."""
-        return self._utf8.decode(b"", final=True)
+        return _checked(self._core.flush)
 
 
 def _file(folder: Path | None) -> Path:

@@ -140,7 +140,7 @@ def test_a_stream_that_ends_inside_a_character_says_so_once(tokenizer):
     (lambda t: t.special_id("<|eot|>"), f"a special token must be one of {' '.join(SPECIAL_TOKENS)}, got '<|eot|>'"),
     (lambda t: t.encode("\ud800"), "text must be valid Unicode, it holds a lone surrogate"),
     (lambda t: t.encode_batch(["\ud800"]), "text 0 must be valid Unicode, it holds a lone surrogate"),
-    (lambda t: t.decode([300]), "a token id must be 0 to 299, got 300"),
+    (lambda t: t.decode([300]), "a token id must be 0 to 299, got 300 at index 0"),
     (lambda t: t.stream_decoder().push(-1), "a token id must be 0 to 299, got -1"),
     (lambda t: Tokenizer.train(TEXTS, 264), "vocab_size must be 265 to 1048576, got 264"),
 ])

@@ -13,40 +13,62 @@ const MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15; // 2^64 / golden ratio, odd
 
 /// Both halves of the 128-bit product: every input bit reaches the low bits, which index the table.
 #[inline]
-fn mix(value: u64) -> u64 {
-    let product = u128::from(value) * u128::from(MULTIPLIER);
+fn multiply(left: u64, right: u64) -> u64 {
+    let product = u128::from(left) * u128::from(right);
     (product as u64) ^ ((product >> 64) as u64)
 }
 
 #[inline]
-fn hash(bytes: &[u8], seed: u64) -> u64 {
-    let mut state = seed ^ bytes.len() as u64;
-    let mut words = bytes.chunks_exact(8);
-    for word in &mut words {
-        state = mix(state ^ u64::from_le_bytes(word.try_into().unwrap_or_default()));
-    }
-    let rest = words.remainder().iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
-    mix(state ^ rest)
+fn word(bytes: &[u8]) -> u64 {
+    bytes.try_into().map_or(0, u64::from_le_bytes)
 }
+
+/// Masks that keep the first n bytes of two words, for n up to INLINE.
+const INLINE: usize = 15;
+const MASKS: [(u64, u64); INLINE + 1] = {
+    let mut masks = [(0, 0); INLINE + 1];
+    let mut n = 1;
+    while n <= INLINE {
+        let low = if n < 8 { (1 << (8 * n)) - 1 } else { u64::MAX };
+        let high = if n > 8 { (1 << (8 * (n - 8))) - 1 } else { 0 };
+        masks[n] = (low, high);
+        n += 1;
+    }
+    masks
+};
+
+/// A string as two words: up to INLINE bytes the string itself and, in the last byte, its length; longer ones their
+/// hash, marked by LONG. Never (_, 0), unless empty.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key {
+    low: u64,
+    high: u64,
+}
+
+/// In a key's last byte.
+const LONG: u64 = 0xFF << 56;
 
 #[derive(Clone, Copy)]
 struct Slot {
-    tag: u32,
+    key: Key,
     index: u32,
 }
+
+const FREE: Slot = Slot { key: Key { low: 0, high: 0 }, index: EMPTY };
 
 /// A set of byte strings; the index of a string is its rank of insertion.
 pub struct ByteMap {
     blob: Vec<u8>,
-    ends: Vec<usize>,
+    ends: Vec<u32>,
     slots: Vec<Slot>,
-    seed: u64,
+    seed: Key,
 }
 
 impl Default for ByteMap {
     fn default() -> Self {
-        let seed = RandomState::new().hash_one(0u64);
-        Self { blob: Vec::new(), ends: Vec::new(), slots: vec![Slot { tag: 0, index: EMPTY }; 1024], seed }
+        let state = RandomState::new();
+        let seed = Key { low: state.hash_one(0u64), high: state.hash_one(1u64) };
+        Self { blob: Vec::new(), ends: Vec::new(), slots: vec![FREE; 1024], seed }
     }
 }
 
@@ -55,70 +77,131 @@ impl ByteMap {
         self.ends.len()
     }
 
+    /// Bytes of all strings together.
+    pub fn size(&self) -> usize {
+        self.blob.len()
+    }
+
     /// The bytes of the string at `index`, which must be below `len()`.
     #[inline]
     pub fn key(&self, index: usize) -> &[u8] {
-        let start = if index == 0 { 0 } else { self.ends[index - 1] };
-        &self.blob[start..self.ends[index]]
+        let start = if index == 0 { 0 } else { self.ends[index - 1] as usize };
+        &self.blob[start..self.ends[index] as usize]
     }
 
+    /// Give the table back; only `len`, `size` and `key` may be called afterwards.
+    pub fn freeze(&mut self) {
+        self.slots = Vec::new();
+    }
+
+    /// The index of the string text[start..end].
     #[inline]
-    pub fn get(&self, key: &[u8]) -> Option<u32> {
-        let slot = self.slots[self.find(key, hash(key, self.seed))];
+    pub fn get(&self, text: &[u8], start: usize, end: usize) -> Option<u32> {
+        let key = self.words(text, start, end);
+        let slot = self.slots[self.find(key, &text[start..end])];
         (slot.index != EMPTY).then_some(slot.index)
     }
 
-    /// The index of `key`, which is added when it is new.
+    /// The index of text[start..end], which is added when it is new.
     #[inline]
-    pub fn insert(&mut self, key: &[u8]) -> Result<u32> {
-        let hashed = hash(key, self.seed);
-        let place = self.find(key, hashed);
-        let slot = self.slots[place];
-        if slot.index != EMPTY {
-            return Ok(slot.index);
+    pub fn insert(&mut self, text: &[u8], start: usize, end: usize) -> Result<u32> {
+        let key = self.words(text, start, end);
+        let place = self.find(key, &text[start..end]);
+        match self.slots[place].index {
+            EMPTY => self.add(place, key, &text[start..end]),
+            index => Ok(index),
         }
-        if self.ends.len() >= EMPTY as usize {
-            return invalid(format!("different pieces must be fewer than {EMPTY}, the text has more"));
+    }
+
+    #[cold]
+    fn add(&mut self, place: usize, key: Key, string: &[u8]) -> Result<u32> {
+        if self.blob.len() + string.len() >= EMPTY as usize {
+            return invalid(format!("different pieces must hold fewer than {EMPTY} bytes, the text has more"));
         }
         let index = self.ends.len() as u32;
-        self.slots[place] = Slot { tag: (hashed >> 32) as u32, index };
-        self.blob.extend_from_slice(key);
-        self.ends.push(self.blob.len());
+        self.slots[place] = Slot { key, index };
+        self.blob.extend_from_slice(string);
+        self.ends.push(self.blob.len() as u32);
         if self.ends.len() * 2 > self.slots.len() {
             self.grow();
         }
         Ok(index)
     }
 
-    /// The slot that holds `key`, or the empty one where it belongs. At most half of the slots are taken.
+    /// Two loads and two masks where 16 bytes are there to read: no branch depends on the length.
     #[inline]
-    fn find(&self, key: &[u8], hashed: u64) -> usize {
-        let mask = self.slots.len() - 1;
-        let mut place = hashed as usize & mask;
+    fn words(&self, text: &[u8], start: usize, end: usize) -> Key {
+        let length = end - start;
+        if length > INLINE {
+            return self.long(&text[start..end]);
+        }
+        let (low, high) = MASKS[length];
+        let tag = (length as u64) << 56;
+        match text.get(start..start + 16) {
+            Some(bytes) => Key { low: word(&bytes[..8]) & low, high: word(&bytes[8..]) & high | tag },
+            None => {
+                let mut bytes = [0; 16];
+                bytes[..length].copy_from_slice(&text[start..end]);
+                Key { low: word(&bytes[..8]), high: word(&bytes[8..]) | tag }
+            }
+        }
+    }
+
+    fn long(&self, string: &[u8]) -> Key {
+        let mut state = self.seed.low ^ string.len() as u64;
+        let mut words = string.chunks_exact(8);
+        for bytes in &mut words {
+            state = multiply(state ^ word(bytes), MULTIPLIER);
+        }
+        let rest = words.remainder().iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+        let low = multiply(state ^ rest, MULTIPLIER);
+        Key { low, high: multiply(low, self.seed.high) | LONG }
+    }
+
+    #[inline]
+    fn home(&self, key: Key) -> usize {
+        multiply(key.low ^ self.seed.low, key.high ^ self.seed.high) as usize & (self.slots.len() - 1)
+    }
+
+    /// The slot that holds the string, or the empty one where it belongs. At most half of the slots are taken.
+    #[inline]
+    fn find(&self, key: Key, string: &[u8]) -> usize {
+        let mut place = self.home(key);
         loop {
-            let slot = self.slots[place];
-            if slot.index == EMPTY
-                || slot.tag == (hashed >> 32) as u32 && self.key(slot.index as usize) == key
+            let slot = &self.slots[place];
+            if slot.key == key && (key.high < LONG || self.key(slot.index as usize) == string)
+                || slot.index == EMPTY
             {
                 return place;
             }
-            place = (place + 1) & mask;
+            place = (place + 1) & (self.slots.len() - 1);
         }
     }
 
     fn grow(&mut self) {
-        let mut slots = vec![Slot { tag: 0, index: EMPTY }; self.slots.len() * 2];
-        let mask = slots.len() - 1;
-        for index in 0..self.ends.len() {
-            let hashed = hash(self.key(index), self.seed);
-            let mut place = hashed as usize & mask;
-            while slots[place].index != EMPTY {
-                place = (place + 1) & mask;
+        let size = self.slots.len() * 2;
+        let old = std::mem::replace(&mut self.slots, vec![FREE; size]);
+        for slot in old.into_iter().filter(|slot| slot.index != EMPTY) {
+            let mut place = self.home(slot.key);
+            while self.slots[place].index != EMPTY {
+                place = (place + 1) & (size - 1);
             }
-            slots[place] = Slot { tag: (hashed >> 32) as u32, index: index as u32 };
+            self.slots[place] = slot;
         }
-        self.slots = slots;
     }
+
+    /// Bytes allocated, at the worst moment, once a string of `length` bytes more is in.
+    pub fn footprint(&self, length: usize) -> usize {
+        let slots = self.slots.len() * if self.ends.len() * 2 + 2 > self.slots.len() { 3 } else { 1 };
+        grown(&self.blob, length) + grown(&self.ends, 1) + slots * size_of::<Slot>()
+    }
+}
+
+/// Bytes a vector takes when `more` elements are pushed: the old and, where it must move, the new allocation.
+pub fn grown<T>(vector: &Vec<T>, more: usize) -> usize {
+    let (capacity, needed) = (vector.capacity(), vector.len() + more);
+    let new = if needed > capacity { needed.max(capacity * 2) } else { 0 };
+    (capacity + new) * size_of::<T>()
 }
 
 /// Two ids -> u32.
@@ -151,12 +234,12 @@ pub struct PairHasher(u64);
 
 impl Hasher for PairHasher {
     fn write(&mut self, bytes: &[u8]) {
-        self.0 = hash(bytes, self.0);
+        bytes.iter().for_each(|&byte| self.write_u64(u64::from(byte)));
     }
 
     #[inline]
     fn write_u64(&mut self, value: u64) {
-        self.0 = mix(self.0 ^ value);
+        self.0 = multiply(self.0 ^ value, MULTIPLIER);
     }
 
     #[inline]

@@ -1,51 +1,225 @@
-//! How often each piece occurs.
+//! How often each piece occurs: one table per thread, and sorted runs on disk when the tables have no room.
 
-use crate::bytemap::ByteMap;
-use crate::split::pieces;
-use crate::threads::{run_all, shares};
-use crate::{check_length, Result};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-/// Distinct pieces and their counts.
-#[derive(Default)]
-pub struct Counter {
-    pub(crate) pieces: ByteMap,
-    pub(crate) counts: Vec<u64>,
+use crate::bytemap::{grown, ByteMap};
+use crate::spill::{merge, Run, Writer};
+use crate::split::Pattern;
+use crate::threads::{parts, run_all, shares};
+use crate::{Error, Result};
+
+/// Runs of all threads together before a thread merges its own: each is an open file.
+const MAX_RUNS: usize = 256;
+/// Room kept for the next piece; only a longer one passes the limit.
+const ROOM: usize = 4096;
+
+/// Pieces and their counts in memory, runs of both on disk.
+struct Table {
+    pieces: ByteMap,
+    counts: Vec<u64>,
+    limit: usize,
+    folder: PathBuf,
+    runs: Vec<Run>,
+    max_runs: usize,
+    /// Runs written so far, those merged since included.
+    spilled: usize,
 }
 
-impl Counter {
-    pub fn add(&mut self, text: &str) -> Result<()> {
-        check_length(text)?;
-        pieces(text).try_for_each(|piece| self.add_piece(piece, 1))
+impl Table {
+    #[inline]
+    fn add(&mut self, text: &[u8], start: usize, end: usize, count: u64) -> Result<()> {
+        let index = self.pieces.insert(text, start, end)? as usize;
+        if index < self.counts.len() {
+            self.counts[index] += count;
+            return Ok(());
+        }
+        self.counts.push(count);
+        if self.footprint() > self.limit {
+            self.spill()?;
+        }
+        Ok(())
     }
 
-    #[inline]
-    fn add_piece(&mut self, piece: &[u8], count: u64) -> Result<()> {
-        let index = self.pieces.insert(piece)? as usize;
-        if index == self.counts.len() {
-            self.counts.push(0);
+    /// Bytes this takes at the worst moment until the next piece is in, the order for sorting included.
+    fn footprint(&self) -> usize {
+        self.pieces.footprint(ROOM) + grown(&self.counts, 1) + self.counts.len() * size_of::<u32>()
+    }
+
+    fn spill(&mut self) -> Result<()> {
+        let mut order: Vec<u32> = (0..self.counts.len() as u32).collect();
+        order.sort_unstable_by_key(|&index| self.pieces.key(index as usize));
+        let mut writer = Writer::new(&self.folder)?;
+        for index in order {
+            writer.push(self.pieces.key(index as usize), self.counts[index as usize])?;
         }
-        self.counts[index] += count;
+        self.runs.push(writer.finish()?);
+        self.spilled += 1;
+        if self.runs.len() == self.max_runs {
+            self.runs = vec![merge(std::mem::take(&mut self.runs), &self.folder, &mut || true)?];
+        }
+        (self.pieces, self.counts) = (ByteMap::default(), Vec::new());
         Ok(())
     }
 }
 
-/// Count a batch of texts, one thread per counter; one counter starts no thread.
-pub fn count_batch(counters: &mut [Counter], texts: &[&str]) -> Result<()> {
-    let ranges = shares(texts, counters.len());
-    let jobs = counters.iter_mut().zip(ranges);
-    let jobs =
-        jobs.map(|(counter, range)| move || texts[range].iter().try_for_each(|text| counter.add(text)));
-    run_all(jobs.collect()).map(|_| ())
+/// One thread's part of the work.
+struct Worker {
+    pattern: Pattern,
+    table: Table,
+    ends: Vec<u32>,
+    split: Duration,
+    count: Duration,
 }
 
-/// The sum of the threads' counters.
-pub fn total(counters: Vec<Counter>) -> Result<Counter> {
-    let mut counters = counters.into_iter();
-    let mut sum = counters.next().unwrap_or_default();
-    for counter in counters {
-        for (index, &count) in counter.counts.iter().enumerate() {
-            sum.add_piece(counter.pieces.key(index), count)?;
+impl Worker {
+    fn add(&mut self, text: &str, going_on: &mut dyn FnMut() -> bool) -> Result<()> {
+        let (mut pieces, mut at) = (self.pattern.pieces(text)?, 0);
+        let mut start = Instant::now();
+        loop {
+            pieces.next_block(&mut self.ends)?;
+            let middle = Instant::now();
+            self.split += middle - start;
+            if self.ends.is_empty() {
+                return Ok(());
+            }
+            if !going_on() {
+                return Err(Error::Stopped);
+            }
+            for &end in &self.ends {
+                self.table.add(text.as_bytes(), at, end as usize, 1)?;
+                at = end as usize;
+            }
+            start = Instant::now();
+            self.count += start - middle;
         }
     }
-    Ok(sum)
+}
+
+/// Counts the pieces of texts on a fixed number of threads.
+pub struct Counter {
+    workers: Vec<Worker>,
+    limit: usize,
+}
+
+impl Counter {
+    /// Tables of at most `limit` bytes together (usize::MAX for no limit), runs in `folder`.
+    pub fn new(pattern: &Pattern, threads: usize, limit: usize, folder: &Path) -> Self {
+        let worker = |_| Worker {
+            pattern: pattern.clone(),
+            table: Table {
+                pieces: ByteMap::default(),
+                counts: Vec::new(),
+                limit: limit / threads,
+                folder: folder.into(),
+                runs: Vec::new(),
+                max_runs: (MAX_RUNS / threads).max(2),
+                spilled: 0,
+            },
+            ends: Vec::new(),
+            split: Duration::ZERO,
+            count: Duration::ZERO,
+        };
+        Self { workers: (0..threads).map(worker).collect(), limit }
+    }
+
+    /// Count the pieces of `texts`; `watch` is asked now and then whether to go on.
+    pub fn add(&mut self, texts: &[&str], watch: &mut dyn FnMut() -> bool) -> Result<()> {
+        let (texts, _) = match self.workers.first() {
+            Some(worker) => parts(texts, &worker.pattern, self.workers.len()),
+            None => return Ok(()),
+        };
+        let texts = &texts;
+        let ranges = shares(texts, |text| text.len(), self.workers.len());
+        let jobs = self.workers.iter_mut().zip(ranges).map(|(worker, range)| {
+            move |going_on: &mut dyn FnMut() -> bool| {
+                texts[range].iter().try_for_each(|text| worker.add(text, going_on))
+            }
+        });
+        run_all(jobs.collect(), watch).map(|_| ())
+    }
+
+    /// Seconds of all threads together: (cutting texts, counting pieces).
+    pub fn seconds(&self) -> (f64, f64) {
+        let sum = |part: fn(&Worker) -> Duration| self.workers.iter().map(part).sum::<Duration>().as_secs_f64();
+        (sum(|worker| worker.split), sum(|worker| worker.count))
+    }
+
+    /// The sum of the threads' tables and runs.
+    pub fn finish(self, watch: &mut dyn FnMut() -> bool) -> Result<Counts> {
+        let mut tables: Vec<Table> = self.workers.into_iter().map(|worker| worker.table).collect();
+        let Some(mut sum) = tables.pop() else { return Ok(Counts { spilled: 0, source: Source::Nothing }) };
+        while let Some(mut table) = tables.pop() {
+            let others: usize = tables.iter().chain([&table]).map(Table::footprint).sum();
+            sum.limit = self.limit.saturating_sub(others);
+            for (index, &count) in table.counts.iter().enumerate() {
+                let piece = table.pieces.key(index);
+                sum.add(piece, 0, piece.len(), count)?;
+            }
+            sum.runs.append(&mut table.runs);
+            sum.spilled += table.spilled;
+        }
+        if sum.runs.is_empty() {
+            sum.pieces.freeze();
+            return Ok(Counts { spilled: 0, source: Source::Table(sum.pieces, sum.counts) });
+        }
+        sum.max_runs = usize::MAX;
+        sum.spill()?;
+        let run = merge(sum.runs, &sum.folder, watch)?;
+        Ok(Counts { spilled: sum.spilled, source: Source::Run(run) })
+    }
+}
+
+/// Every different piece and how often it occurs, in memory or in one sorted run.
+pub struct Counts {
+    /// Runs that were written because the tables had no room.
+    pub spilled: usize,
+    source: Source,
+}
+
+enum Source {
+    Nothing,
+    Table(ByteMap, Vec<u64>),
+    Run(Run),
+}
+
+impl Counts {
+    /// How many different pieces.
+    pub fn len(&self) -> usize {
+        match &self.source {
+            Source::Nothing => 0,
+            Source::Table(_, counts) => counts.len(),
+            Source::Run(run) => run.pieces,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of the different pieces together.
+    pub fn bytes(&self) -> usize {
+        match &self.source {
+            Source::Nothing => 0,
+            Source::Table(pieces, _) => pieces.size(),
+            Source::Run(run) => run.bytes,
+        }
+    }
+
+    /// Hand over each piece and its count.
+    pub fn for_each(self, take: &mut dyn FnMut(&[u8], u64)) -> Result<()> {
+        match self.source {
+            Source::Nothing => {}
+            Source::Table(pieces, counts) => {
+                counts.iter().enumerate().for_each(|(index, &count)| take(pieces.key(index), count));
+            }
+            Source::Run(run) => {
+                let mut reader = run.read()?;
+                while reader.advance()? {
+                    take(&reader.piece, reader.count);
+                }
+            }
+        }
+        Ok(())
+    }
 }

@@ -16,7 +16,8 @@
 use std::fmt::Write;
 
 use crate::tokenizer::{MAX_SPECIALS, MAX_TOKENS};
-use crate::{invalid, sha256, Result, Tokenizer, PATTERN, UNICODE};
+use crate::split::Pattern;
+use crate::{invalid, sha256, Result, Tokenizer, UNICODE};
 
 /// Far above any real file (65,536 tokens take 0.7 MB).
 pub const MAX_FILE_BYTES: usize = 1 << 26;
@@ -39,7 +40,7 @@ impl Tokenizer {
 
     fn body(&self) -> String {
         let (specials, merges) = (&self.specials, &self.merges);
-        let mut text = format!("{MAGIC}{VERSION}\nunicode {UNICODE}\npattern {PATTERN}\n");
+        let mut text = format!("{MAGIC}{VERSION}\nunicode {UNICODE}\npattern {}\n", self.pattern.as_str());
         text.push_str(&format!("specials {}\n", specials.len()));
         specials.iter().for_each(|name| text.extend([name, "\n"]));
         text.push_str(&format!("merges {}\n", merges.len()));
@@ -49,8 +50,8 @@ impl Tokenizer {
         text
     }
 
-    /// Read what `to_bytes` wrote; anything else is refused with a sentence.
-    pub fn from_bytes(data: &[u8]) -> Result<Self> {
+    /// Read what `to_bytes` wrote; anything else is refused with a sentence. `pattern` makes the file's pattern.
+    pub fn from_bytes(data: &[u8], pattern: &dyn Fn(&str) -> Result<Pattern>) -> Result<Self> {
         if data.len() > MAX_FILE_BYTES {
             return invalid(format!(
                 "a tokenizer file must have at most {MAX_FILE_BYTES} bytes, got {}",
@@ -76,7 +77,7 @@ impl Tokenizer {
             return invalid("a tokenizer file must match its checksum, this one is damaged or cut short");
         }
         expect(lines.next(), "unicode", UNICODE)?;
-        expect(lines.next(), "pattern", PATTERN)?;
+        let pattern = pattern(field(lines.next(), "pattern"))?;
         let n_specials = number(lines.next(), "specials", MAX_SPECIALS)?;
         let specials: Vec<String> = lines.by_ref().take(n_specials).map(str::to_owned).collect();
         let n_merges = number(lines.next(), "merges", MAX_TOKENS)?;
@@ -84,7 +85,7 @@ impl Tokenizer {
         let Some(merges) = merges else {
             return invalid("a merge must be two ids on one line, got another line");
         };
-        let tokenizer = Self::new(merges, specials)?;
+        let tokenizer = Self::new(merges, specials, pattern)?;
         if tokenizer.body().as_bytes() != body {
             return invalid("a tokenizer file must be exactly as it was written, this one has other lines");
         }

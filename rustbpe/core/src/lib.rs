@@ -9,20 +9,22 @@
 mod bytemap;
 mod count;
 mod encode;
+mod export;
 mod file;
 mod sha256;
+mod spill;
 mod split;
 mod threads;
 mod tokenizer;
 mod train;
 mod unicode_tables;
 
-pub use count::{count_batch, total, Counter};
-pub use encode::Share;
+pub use count::{Counter, Counts};
+pub use encode::{first_of, Batch};
 pub use file::MAX_FILE_BYTES;
-pub use split::{pieces, Pieces, PATTERN};
+pub use split::{Engine, Pattern, Pieces, GPT4_PATTERN, PATTERN};
 pub use tokenizer::{Tokenizer, MAX_SPECIALS, MAX_TOKENS, MAX_VOCABULARY_BYTES};
-pub use train::train;
+pub use train::{train, Training};
 pub use unicode_tables::UNICODE;
 
 /// Why something did not happen.
@@ -30,6 +32,8 @@ pub use unicode_tables::UNICODE;
 pub enum Error {
     /// A sentence: the thing, the rule, the value.
     Invalid(String),
+    /// The same, about a file.
+    Io(String),
     /// The caller's progress callback asked to stop.
     Stopped,
 }

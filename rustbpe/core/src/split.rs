@@ -1,17 +1,112 @@
-//! Text -> pieces, as the regular expression `PATTERN` cuts it, in one pass and linear time.
-//!
-//! Written by hand because a regular-expression engine takes four fifths of the training time and can fail on long
-//! runs. Every byte of the text is in exactly one piece.
+//! Text -> pieces, as a regular expression cuts it. nanochat's pattern and its relatives are cut by hand, in one pass
+//! and linear time: an engine takes four fifths of the training time and gives up on long runs. Any other pattern goes
+//! to an `Engine` of the caller. Every byte of the text is in exactly one piece.
 
 use std::sync::OnceLock;
 
 use crate::unicode_tables::{LETTERS, NUMBERS, SPACES};
+use crate::{check_length, Result};
 
-/// cl100k's pattern with digits in ones and twos instead of up to threes.
-pub const PATTERN: &str = concat!(
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-);
+/// cl100k's pattern but for the number of digits in a piece.
+macro_rules! pattern {
+    ($digits:literal) => {
+        concat!(
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{",
+            $digits,
+            r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+        )
+    };
+}
+
+/// nanochat's pattern: digits in ones and twos.
+pub const PATTERN: &str = pattern!("1,2");
+/// Digits in up to threes, as rustbpe 0.1.0 has it by default.
+pub const GPT4_PATTERN: &str = pattern!("1,3");
+/// The patterns cut by hand; index + 1 digits make a piece.
+const BY_HAND: [&str; 3] = [pattern!("1"), PATTERN, GPT4_PATTERN];
+
+/// Pieces handed over at a time: their ends stay in the first-level cache.
+const BLOCK: usize = 1024;
+
+/// Cuts text by a pattern that is not cut by hand.
+pub trait Engine: Send + Sync {
+    /// One of its own for another thread.
+    fn copy(&self) -> Box<dyn Engine>;
+    /// The ends of the pieces: ascending, the last one `text.len()`; after an error nothing more.
+    fn ends<'a>(&'a self, text: &'a str) -> Box<dyn Iterator<Item = Result<usize>> + 'a>;
+}
+
+/// A pattern and what cuts by it.
+pub struct Pattern {
+    text: String,
+    engine: Option<Box<dyn Engine>>,
+    digits: usize,
+}
+
+impl Pattern {
+    /// One of the patterns cut by hand; None for any other.
+    pub fn by_hand(text: &str) -> Option<Self> {
+        let index = BY_HAND.iter().position(|&known| known == text)?;
+        Some(Self { text: text.into(), engine: None, digits: index + 1 })
+    }
+
+    pub fn with_engine(text: &str, engine: Box<dyn Engine>) -> Self {
+        Self { text: text.into(), engine: Some(engine), digits: 0 }
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// The pieces of `text`, block by block.
+    pub fn pieces<'a>(&'a self, text: &'a str) -> Result<Pieces<'a>> {
+        check_length(text)?;
+        Ok(match &self.engine {
+            None => Pieces::ByHand(Hand { text, at: 0, digits: self.digits, classes: classes() }),
+            Some(engine) => Pieces::Engine(engine.ends(text)),
+        })
+    }
+
+    /// The first place at or behind `near` where `text` falls into two parts that are cut alone as they are together:
+    /// between a newline and a character that is no whitespace, when cut by hand. `text.len()` if there is none.
+    pub fn seam(&self, text: &str, near: usize) -> usize {
+        let bytes = text.as_bytes();
+        let seam = |at: &usize| bytes[at - 1] == b'\n' && bytes[*at].is_ascii_graphic();
+        match self.engine {
+            None => (near.max(1)..bytes.len()).find(seam).unwrap_or(bytes.len()),
+            Some(_) => bytes.len(),
+        }
+    }
+}
+
+impl Clone for Pattern {
+    fn clone(&self) -> Self {
+        let engine = self.engine.as_ref().map(|engine| engine.copy());
+        Self { text: self.text.clone(), engine, digits: self.digits }
+    }
+}
+
+/// What is left of a text to cut.
+pub enum Pieces<'a> {
+    ByHand(Hand<'a>),
+    Engine(Box<dyn Iterator<Item = Result<usize>> + 'a>),
+}
+
+impl Pieces<'_> {
+    /// Put the ends of the next pieces into `ends`, none when the text is over.
+    pub fn next_block(&mut self, ends: &mut Vec<u32>) -> Result<()> {
+        ends.clear();
+        match self {
+            Pieces::ByHand(hand) => ends.extend(hand.take(BLOCK)),
+            Pieces::Engine(engine) => {
+                for end in engine.take(BLOCK) {
+                    ends.push(end? as u32);
+                }
+            }
+        }
+        Ok(())
+    }
+}
 
 /// Classes of characters; `End` stands behind the last one.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -42,41 +137,35 @@ fn classes() -> &'static [Class] {
     })
 }
 
-/// Iterator over the pieces of a text, as byte slices that are valid UTF-8.
-pub struct Pieces<'a> {
+/// Iterator over the ends of the pieces of a text.
+pub struct Hand<'a> {
     text: &'a str,
     at: usize,
+    digits: usize,
     classes: &'static [Class],
 }
 
-pub fn pieces(text: &str) -> Pieces<'_> {
-    Pieces { text, at: 0, classes: classes() }
-}
-
-impl<'a> Iterator for Pieces<'a> {
-    type Item = &'a [u8];
+impl Iterator for Hand<'_> {
+    type Item = u32;
 
     #[inline]
-    fn next(&mut self) -> Option<&'a [u8]> {
+    fn next(&mut self) -> Option<u32> {
         let start = self.at;
         let (class, width) = self.class_at(start);
         let after = start + width;
         self.at = match class {
             End => return None,
             Letter => self.run(Letter, after),
-            Number => match self.class_at(after) {
-                (Number, width) => after + width,
-                _ => after,
-            },
+            Number => self.number(after),
             Other => self.other(start, after),
             Space => self.space(start, after),
             Newline => self.whitespace(start),
         };
-        Some(&self.text.as_bytes()[start..self.at])
+        Some(self.at as u32)
     }
 }
 
-impl Pieces<'_> {
+impl Hand<'_> {
     /// The class and the width in bytes of the character at `at`.
     #[inline]
     fn class_at(&self, at: usize) -> (Class, usize) {
@@ -99,6 +188,18 @@ impl Pieces<'_> {
                 _ => return at,
             }
         }
+    }
+
+    /// At most `digits` of them, one is behind already.
+    #[inline]
+    fn number(&self, mut at: usize) -> usize {
+        for _ in 1..self.digits {
+            match self.class_at(at) {
+                (Number, width) => at += width,
+                _ => break,
+            }
+        }
+        at
     }
 
     /// From a character of no other class: a contraction, one mark before a word, or a run of marks.
@@ -164,7 +265,15 @@ mod tests {
     use super::*;
 
     fn cut(text: &str) -> Vec<&str> {
-        pieces(text).map(|piece| std::str::from_utf8(piece).unwrap()).collect()
+        let pattern = Pattern::by_hand(PATTERN).unwrap();
+        let (mut pieces, mut ends, mut at, mut out) = (pattern.pieces(text).unwrap(), Vec::new(), 0, Vec::new());
+        while pieces.next_block(&mut ends).is_ok() && !ends.is_empty() {
+            for &end in &ends {
+                out.push(&text[at..end as usize]);
+                at = end as usize;
+            }
+        }
+        out
     }
 
     #[test]

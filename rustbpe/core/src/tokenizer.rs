@@ -1,8 +1,11 @@
 //! The vocabulary: bytes, merges and special tokens, checked once so that every method can rely on it.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use crate::bytemap::{pair_key, ByteMap, PairMap};
+use crate::split::Pattern;
+use crate::threads::{run_all, shares};
 use crate::{invalid, Result};
 
 /// Bounds that keep a damaged or hostile file from costing more than moments and megabytes.
@@ -14,6 +17,7 @@ pub const MAX_VOCABULARY_BYTES: u64 = 1 << 24;
 pub struct Tokenizer {
     pub(crate) merges: Vec<(u32, u32)>,
     pub(crate) specials: Vec<String>,
+    pub(crate) pattern: Pattern,
     /// The bytes of every ordinary token; index == id.
     pub(crate) tokens: ByteMap,
     /// (left, right) -> merged id; the smaller id was learned earlier and goes first.
@@ -22,15 +26,18 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Build from merges and special tokens; refuses what training cannot have produced.
-    pub fn new(merges: Vec<(u32, u32)>, specials: Vec<String>) -> Result<Self> {
+    pub fn new(merges: Vec<(u32, u32)>, specials: Vec<String>, pattern: Pattern) -> Result<Self> {
         check_specials(&specials)?;
+        if pattern.as_str().contains(['\r', '\n']) {
+            return invalid(format!("a pattern must be one line, got {:?}", pattern.as_str()));
+        }
         let size = 256 + merges.len() + specials.len();
         if size > MAX_TOKENS {
             return invalid(format!("a vocabulary must have at most {MAX_TOKENS} tokens, got {size}"));
         }
         let mut tokens = ByteMap::default();
         for byte in 0..=255 {
-            tokens.insert(&[byte])?;
+            tokens.insert(&[byte], 0, 1)?;
         }
         let mut pairs = PairMap::default();
         let (mut token, mut bytes) = (Vec::new(), 256);
@@ -49,12 +56,12 @@ impl Tokenizer {
                     "all tokens together must hold at most {MAX_VOCABULARY_BYTES} bytes, token {new} passes that"
                 ));
             }
-            if tokens.insert(&token)? != new {
+            if tokens.insert(&token, 0, token.len())? != new {
                 return invalid(format!("every token must have its own bytes, token {new} repeats another"));
             }
             pairs.insert(pair_key(left, right), new);
         }
-        let tokenizer = Self { merges, specials, tokens, pairs };
+        let tokenizer = Self { merges, specials, pattern, tokens, pairs };
         tokenizer.check_reachable()?;
         Ok(tokenizer)
     }
@@ -77,6 +84,15 @@ impl Tokenizer {
         self.tokens.len() + self.specials.len()
     }
 
+    /// The first special id: ordinary ids are below.
+    pub fn first_special(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub fn pattern(&self) -> &Pattern {
+        &self.pattern
+    }
+
     pub fn specials(&self) -> &[String] {
         &self.specials
     }
@@ -85,12 +101,31 @@ impl Tokenizer {
         &self.merges
     }
 
-    /// The bytes of one token, for a special one those of its name.
-    pub fn token(&self, id: usize) -> Option<&[u8]> {
+    /// The bytes of one token, for a special one those of its name; nothing for an id that is none.
+    #[inline]
+    pub fn token(&self, id: usize) -> &[u8] {
         match id.checked_sub(self.tokens.len()) {
-            None => Some(self.tokens.key(id)),
-            Some(special) => self.specials.get(special).map(|name| name.as_bytes()),
+            None => self.tokens.key(id),
+            Some(special) => self.specials.get(special).map_or(b"", |name| name.as_bytes()),
         }
+    }
+
+    /// The bytes of all `ids`.
+    pub fn decode(&self, ids: &[u32]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(ids.len() * 5);
+        ids.iter().for_each(|&id| bytes.extend_from_slice(self.token(id as usize)));
+        bytes
+    }
+
+    /// The bytes of ids[offsets[i]..offsets[i + 1]] for every i, on up to `threads` threads.
+    pub fn decode_batch(&self, ids: &[u32], offsets: &[usize], threads: usize) -> Result<Vec<Vec<u8>>> {
+        let texts: Vec<&[u32]> = offsets.windows(2).map(|ends| &ids[ends[0]..ends[1]]).collect();
+        let texts = &texts;
+        let job = |range: Range<usize>| {
+            move |_: &mut dyn FnMut() -> bool| Ok(texts[range].iter().map(|ids| self.decode(ids)).collect::<Vec<_>>())
+        };
+        let jobs = shares(texts, |ids| ids.len(), threads).into_iter().map(job).collect();
+        Ok(run_all(jobs, &mut || true)?.into_iter().flatten().collect())
     }
 }
 

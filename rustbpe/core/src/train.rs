@@ -6,10 +6,11 @@
 //! which still hold, and so costs as much as it changes, however long a piece is.
 
 use std::collections::BinaryHeap;
+use std::time::Instant;
 
 use crate::bytemap::{pair_key, PairMap};
 use crate::tokenizer::MAX_VOCABULARY_BYTES;
-use crate::{invalid, Counter, Error, Result};
+use crate::{invalid, Counts, Error, Result};
 
 /// In a first cell that belongs to no token any more.
 const DEAD: u32 = u32::MAX;
@@ -41,15 +42,22 @@ struct Trainer {
     queue: BinaryHeap<(u64, u64, u32)>,
 }
 
+/// What was learned, and how long it took.
+pub struct Training {
+    pub merges: Vec<(u32, u32)>,
+    /// Seconds to lay out the pieces and count their pairs.
+    pub init: f64,
+    /// Seconds to merge.
+    pub merge: f64,
+}
+
 /// Learn up to `n_merges` merges: fewer when no pair is left. `tick(merges done)` returns false to stop.
 ///
 /// Ties: count descending, then left id ascending, then right id ascending.
-pub fn train(
-    counter: Counter,
-    n_merges: usize,
-    tick: &mut dyn FnMut(usize) -> bool,
-) -> Result<Vec<(u32, u32)>> {
-    let mut trainer = Trainer::new(counter)?;
+pub fn train(counts: Counts, n_merges: usize, tick: &mut dyn FnMut(usize) -> bool) -> Result<Training> {
+    let start = Instant::now();
+    let mut trainer = Trainer::new(counts)?;
+    let init = start.elapsed().as_secs_f64();
     let mut merges = Vec::new();
     let mut bytes = 256u64;
     while merges.len() < n_merges {
@@ -66,22 +74,22 @@ pub fn train(
         trainer.merge(left, right, slot, &mut || tick(merges.len()))?;
         merges.push((left, right));
     }
-    Ok(merges)
+    Ok(Training { merges, init, merge: start.elapsed().as_secs_f64() - init })
 }
 
 impl Trainer {
-    fn new(counter: Counter) -> Result<Self> {
-        let Counter { pieces, counts } = counter;
-        let size: usize = (0..pieces.len()).map(|index| pieces.key(index).len()).sum();
+    fn new(found: Counts) -> Result<Self> {
+        let size = found.bytes();
         if size >= u32::MAX as usize {
             return invalid(format!("different pieces must hold fewer than {} bytes, got {size}", u32::MAX));
         }
         let mut cells = Vec::with_capacity(size);
-        for index in 0..pieces.len() {
-            let piece = index as u32;
-            cells.extend(pieces.key(index).iter().map(|&byte| Cell { id: u32::from(byte), piece }));
-        }
-        drop(pieces);
+        let mut counts = Vec::with_capacity(found.len());
+        found.for_each(&mut |piece, count| {
+            let index = counts.len() as u32;
+            cells.extend(piece.iter().map(|&byte| Cell { id: u32::from(byte), piece: index }));
+            counts.push(count);
+        })?;
         let mut trainer = Self {
             cells,
             counts,
@@ -183,12 +191,20 @@ impl Trainer {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::{Counter, Pattern, PATTERN};
+
+    fn counts(text: &str) -> Counts {
+        let pattern = Pattern::by_hand(PATTERN).unwrap();
+        let mut counter = Counter::new(&pattern, 1, usize::MAX, Path::new(""));
+        counter.add(&[text], &mut || true).unwrap();
+        counter.finish(&mut || true).unwrap()
+    }
 
     fn learn(text: &str, n_merges: usize) -> Vec<(u32, u32)> {
-        let mut counter = Counter::default();
-        counter.add(text).unwrap();
-        train(counter, n_merges, &mut |_| true).unwrap()
+        train(counts(text), n_merges, &mut |_| true).unwrap().merges
     }
 
     #[test]
@@ -206,8 +222,7 @@ mod tests {
 
     #[test]
     fn stops_when_asked() {
-        let mut counter = Counter::default();
-        counter.add("some words to merge").unwrap();
-        assert_eq!(train(counter, 9, &mut |done| done < 2), Err(Error::Stopped));
+        let stopped = train(counts("some words to merge"), 9, &mut |done| done < 2);
+        assert_eq!(stopped.err(), Some(Error::Stopped));
     }
 }
