@@ -64,6 +64,13 @@ def interpreter_on() -> bool:
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def sm_count(device: torch.device) -> int:
+    """Return how many multiprocessors there are to fill; 132 for meta tensors (H100 and H200), 4 for the interpreter."""
+    if device.type != "cuda":
+        return 132 if device.type == "meta" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def pick_tile(tiles: Mapping[tuple, dict], device: torch.device, *size_class) -> dict:
     """Return the entry of an op's TILES for this device, keyed (sm, *size_class).
 
