@@ -220,9 +220,10 @@ def verdicts(rows: list[dict], names: list[str]) -> dict[str, str]:
     """Return for each peer where ours has more bytes per token and where fewer."""
     said = {}
     for name in names:
-        signs = {row["Text"]: row[f"vs {name}"][0] for row in rows if row[f"vs {name}"] not in ("-", "+0.0 %", "-0.0 %")}
-        if signs:
-            better, worse = ([text for text, found in signs.items() if found == sign] for sign in "+-")
+        percents = {row["Text"]: row[f"vs {name}"] for row in rows if row[f"vs {name}"] != "-"}
+        if percents:
+            better, worse = ([text for text, percent in percents.items()
+                              if percent.startswith(sign) and percent[1:] != "0.0 %"] for sign in "+-")
             said[f"Against {name}"] = (f"better on {', '.join(better) or 'no text'}; "
                                        f"worse on {', '.join(worse) or 'no text'}")
     return said
