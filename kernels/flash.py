@@ -12,7 +12,8 @@ and dv, summed over the query heads of the group. dzq and dzk are complete when 
 and the norm's gradient are the epilogue and cost no pass over memory. No atomics: bits are equal from run to run.
 Kept for backward: z (not q, k), 1 / rms, v, y, log2 sums: 4 x 168 + 8 MB a layer at d20 (65,536 tokens, bf16).
 Numerics: fp32 scores and sums; p and the scores' gradient are rounded to v's dtype before their second product.
-Loads are plain pointers (cp.async), not TMA descriptors. Source: arXiv 2307.08691. Limits: D 16, 32, 64 or 128.
+From sm90 on blocks come by TMA descriptors made on the host, before that through pointers. Source: arXiv 2307.08691.
+Limits: D 64 or 128 (at 32 Triton 3.6 and 3.7 read outside shared memory on Hopper: triton-lang/triton issue 10573).
 """
 
 import math
@@ -20,30 +21,32 @@ import math
 import torch
 
 from kernels.device import pick_tile, tl, triton
-from kernels.qk_norm_rope import as_rows, norm_rope_grad, qk_norm_rope_fwd
+from kernels.qk_norm_rope import norm_rope_grad, qk_norm_rope_fwd
 from kernels.registry import custom_op
 
 # B batch, T tokens, H query heads, K kv heads, D head dim; BM queries and BN keys of a block
 
-HEAD_DIMS = (16, 32, 64, 128)
+HEAD_DIMS = (64, 128)
 
-# keyed (sm, D <= 64); not tuned on a GPU yet, chosen so that nothing spills. fwd and dq own BM queries and need
-# BM % BN == 0, dkdv owns BN keys and needs BN % BM == 0: then the bands begin at whole blocks.
+# keyed (sm, D == 64); not tuned on a GPU yet, chosen so that nothing spills. fwd and dq own BM queries and need
+# BM % BN == 0, dkdv owns BN keys and needs BN % BM == 0: then the bands begin at whole blocks. The entries of sm80 fit
+# the 99 KiB of sm86 and sm89. The interpreter takes both ways to load.
+_SMALL = dict(fwd=dict(BM=32, BN=16), dq=dict(BM=32, BN=16), dkdv=dict(BM=16, BN=32))
 TILES = {
-    (0, True): dict(fwd=dict(BM=32, BN=16), dq=dict(BM=32, BN=16), dkdv=dict(BM=16, BN=32)),
-    (0, False): dict(fwd=dict(BM=32, BN=16), dq=dict(BM=32, BN=16), dkdv=dict(BM=16, BN=32)),
-    (80, True): dict(fwd=dict(BM=128, BN=64, num_warps=4, num_stages=3),
-                     dq=dict(BM=128, BN=64, num_warps=8, num_stages=2),
-                     dkdv=dict(BM=64, BN=128, num_warps=8, num_stages=2)),
-    (80, False): dict(fwd=dict(BM=128, BN=64, num_warps=8, num_stages=2),
-                      dq=dict(BM=64, BN=64, num_warps=8, num_stages=2),
-                      dkdv=dict(BM=32, BN=128, num_warps=8, num_stages=2)),
-    (90, True): dict(fwd=dict(BM=128, BN=128, num_warps=8, num_stages=3),
-                     dq=dict(BM=128, BN=64, num_warps=8, num_stages=2),
-                     dkdv=dict(BM=64, BN=128, num_warps=8, num_stages=2)),
-    (90, False): dict(fwd=dict(BM=128, BN=128, num_warps=8, num_stages=2),
-                      dq=dict(BM=128, BN=64, num_warps=8, num_stages=2),
-                      dkdv=dict(BM=64, BN=128, num_warps=8, num_stages=2)),
+    (0, True): {name: dict(tile, TMA=False) for name, tile in _SMALL.items()},
+    (0, False): {name: dict(tile, TMA=True) for name, tile in _SMALL.items()},
+    (80, True): dict(fwd=dict(BM=128, BN=64, num_warps=8, num_stages=2, TMA=False),
+                     dq=dict(BM=128, BN=64, num_warps=8, num_stages=2, TMA=False),
+                     dkdv=dict(BM=64, BN=64, num_warps=8, num_stages=2, TMA=False)),
+    (80, False): dict(fwd=dict(BM=64, BN=64, num_warps=8, num_stages=2, TMA=False),
+                      dq=dict(BM=64, BN=64, num_warps=8, num_stages=2, TMA=False),
+                      dkdv=dict(BM=32, BN=64, num_warps=8, num_stages=2, TMA=False)),
+    (90, True): dict(fwd=dict(BM=128, BN=128, num_warps=8, num_stages=3, TMA=True),
+                     dq=dict(BM=128, BN=64, num_warps=8, num_stages=2, TMA=True),
+                     dkdv=dict(BM=64, BN=128, num_warps=8, num_stages=2, TMA=True)),
+    (90, False): dict(fwd=dict(BM=128, BN=128, num_warps=8, num_stages=2, TMA=True),
+                      dq=dict(BM=128, BN=64, num_warps=8, num_stages=2, TMA=True),
+                      dkdv=dict(BM=64, BN=128, num_warps=8, num_stages=2, TMA=True)),
 }
 
 
@@ -52,13 +55,22 @@ TILES = {
 
 @triton.jit
 def _wide(n):
-    """Make a loop index int64 before it meets a stride; it may be a Python int in the interpreter."""
+    """Make an index int64 before it meets a stride; a loop's index is a Python int in the interpreter."""
     return tl.zeros((), tl.int64) + n
 
 
 @triton.jit
-def _offsets(ROWS: tl.constexpr, stride_t, COLS: tl.constexpr):
-    return tl.arange(0, ROWS)[:, None] * stride_t + tl.arange(0, COLS)[None, :]
+def _load(x, b, n, head, T, stride_b, stride_t, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """Load tokens n .. n + ROWS of batch b and one head; x is a descriptor of (B, T, heads D), or a pointer to it.
+
+    Tokens past T are 0.
+    """
+    if TMA:
+        return tl.reshape(x.load([b, n, head * D]), (ROWS, D))
+    rows = tl.arange(0, ROWS)
+    at = rows[:, None] * stride_t + tl.arange(0, D)[None, :]
+    return tl.load(x + _wide(b) * stride_b + _wide(n) * stride_t + head * D + at, mask=(n + rows < T)[:, None],
+                   other=0.0)
 
 
 @triton.jit
@@ -73,29 +85,30 @@ def _alone(t, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, at, n, T, stride_t, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """Load the block of ROWS tokens that begins at token n; `at` are its offsets."""
-    if MASKED:
-        return tl.load(ptr + _wide(n) * stride_t + at, mask=(n + tl.arange(0, ROWS) < T)[:, None], other=0.0)
-    return tl.load(ptr + _wide(n) * stride_t + at)
-
-
-@triton.jit
 def _halves(x, ROWS: tl.constexpr, D: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, D // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _store_raw_grad(dz, z_ptr, r_ptr, cos_ptr, sin_ptr, dx_ptr, rows, at, r_at, T,
+def _own(b, n, head, heads, T, ROWS: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr):
+    """Return offsets (ROWS, COLS) of tokens n .. n + ROWS of one head in a contiguous (B, T, heads, D)."""
+    rows = _wide(b) * T + n + tl.arange(0, ROWS)
+    return (rows * heads + head)[:, None] * D + tl.arange(0, COLS)[None, :]
+
+
+@triton.jit
+def _store_raw_grad(dz, z_ptr, r_ptr, cos_ptr, sin_ptr, dx_ptr, b, n, head, heads, T,
                     ROWS: tl.constexpr, D: tl.constexpr):
-    """Take dz (ROWS, D) back through norm and rotation and store it; `at` (ROWS, D/2) are offsets of first halves."""
+    """Take dz (ROWS, D) of tokens n .. n + ROWS of one head back through norm and rotation and store it."""
+    rows = n + tl.arange(0, ROWS)
     mask = (rows < T)[:, None]
+    at = _own(b, n, head, heads, T, ROWS, D, D // 2)
     z1 = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
     z2 = tl.load(z_ptr + at + D // 2, mask=mask, other=0.0).to(tl.float32)
     angle = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    r = tl.load(r_ptr + r_at, mask=rows < T, other=0.0)
+    r = tl.load(r_ptr + (_wide(b) * T + rows) * heads + head, mask=rows < T, other=0.0)
     dz1, dz2 = _halves(dz, ROWS, D)
     dx1, dx2 = norm_rope_grad(dz1, dz2, z1, z2, r, cos, sin, D)
     tl.store(dx_ptr + at, dx1.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -103,17 +116,16 @@ def _store_raw_grad(dz, z_ptr, r_ptr, cos_ptr, sin_ptr, dx_ptr, rows, at, r_at, 
 
 
 @triton.jit
-def _query_block(T, H, GROUP, BM: tl.constexpr):
-    """Return batch (int64), head, kv head and first token of this program, later blocks first: they have more keys."""
+def _query_block(T, H, BM: tl.constexpr):
+    """Return batch, head and first token of this program, later blocks first: they have more keys."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BM)
-    head = pid // blocks
-    return (head // H).to(tl.int64), head % H, head % H // GROUP, (blocks - 1 - pid % blocks) * BM
+    return pid // blocks // H, pid // blocks % H, (blocks - 1 - pid % blocks) * BM
 
 
 @triton.jit
 def _key_bands(m, window, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr):
-    """Return where the keys of queries m .. m + BM begin and where every one of the queries sees them (up to m)."""
+    """Return where the keys of queries m .. m + BM begin and from where on all of the queries see them (up to m)."""
     if WINDOW:
         return tl.maximum(m - window, 0) // BN * BN, tl.minimum(tl.cdiv(tl.maximum(m + BM - 1 - window, 0), BN) * BN, m)
     return 0, 0
@@ -123,166 +135,144 @@ def _key_bands(m, window, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constex
 
 
 @triton.jit
-def _fwd_loop(acc, total, q, k_ptr, v_ptr, at_k, at_v, rows, first, last, T, stride_kt, stride_vt, window,
-              SCALE: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr):
+def _fwd_loop(acc, total, q, k_src, v_src, b, kv, m, first, last, T, window, stride_kb, stride_kt, stride_vb, stride_vt,
+              SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+              WINDOW: tl.constexpr, TMA: tl.constexpr):
     for n in range(first, last, BN):
-        k = _load(k_ptr, at_k, n, T, stride_kt, BN, MASKED)
+        k = _load(k_src, b, n, kv, T, stride_kb, stride_kt, BN, D, TMA)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE)
         if MASKED:
-            p = tl.where(_visible(rows[:, None], n + tl.arange(0, BN)[None, :], window, WINDOW), p, 0.0)
+            t, s = m + tl.arange(0, BM), n + tl.arange(0, BN)
+            p = tl.where(_visible(t[:, None], s[None, :], window, WINDOW), p, 0.0)
         total += tl.sum(p, axis=1)
-        v = _load(v_ptr, at_v, n, T, stride_vt, BN, MASKED)
+        v = _load(v_src, b, n, kv, T, stride_vb, stride_vt, BN, D, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, total
 
 
 @triton.jit
-def _flash_fwd_kernel(q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, T, H, GROUP, window, stride_qb, stride_qt, stride_qh,
-                      stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, SCALE: tl.constexpr,
-                      D: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    b, h, kv, m = _query_block(T, H, GROUP, BM)
-    rows = m + tl.arange(0, BM)
-    at_q = _offsets(BM, stride_qt, D)
-    at_k = _offsets(BN, stride_kt, D)
-    at_v = _offsets(BN, stride_vt, D)
-    own = b * stride_qb + h * stride_qh + m.to(tl.int64) * stride_qt
-    q = tl.load(q_ptr + own + at_q, mask=(rows < T)[:, None], other=0.0)
-    k_ptr += b * stride_kb + kv * stride_kh
-    v_ptr += b * stride_vb + kv * stride_vh
+def _flash_fwd_kernel(q_src, k_src, v_src, y_ptr, lse_ptr, T, H, K, window, stride_qb, stride_qt, stride_kb, stride_kt,
+                      stride_vb, stride_vt, SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    b, h, m = _query_block(T, H, BM)
+    kv = h // (H // K)
+    q = _load(q_src, b, m, h, T, stride_qb, stride_qt, BM, D, TMA)
     acc = tl.zeros((BM, D), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     first, middle = _key_bands(m, window, BM, BN, WINDOW)
     if WINDOW:
-        acc, total = _fwd_loop(acc, total, q, k_ptr, v_ptr, at_k, at_v, rows, first, middle, T, stride_kt, stride_vt,
-                               window, SCALE, BN, True, WINDOW)
-    acc, total = _fwd_loop(acc, total, q, k_ptr, v_ptr, at_k, at_v, rows, middle, m, T, stride_kt, stride_vt,
-                           window, SCALE, BN, False, WINDOW)
-    acc, total = _fwd_loop(acc, total, q, k_ptr, v_ptr, at_k, at_v, rows, m, tl.minimum(m + BM, T), T, stride_kt,
-                           stride_vt, window, SCALE, BN, True, WINDOW)
+        acc, total = _fwd_loop(acc, total, q, k_src, v_src, b, kv, m, first, middle, T, window, stride_kb, stride_kt,
+                               stride_vb, stride_vt, SCALE, BM, BN, D, True, WINDOW, TMA)
+    acc, total = _fwd_loop(acc, total, q, k_src, v_src, b, kv, m, middle, m, T, window, stride_kb, stride_kt,
+                           stride_vb, stride_vt, SCALE, BM, BN, D, False, WINDOW, TMA)
+    acc, total = _fwd_loop(acc, total, q, k_src, v_src, b, kv, m, m, tl.minimum(m + BM, T), T, window, stride_kb,
+                           stride_kt, stride_vb, stride_vt, SCALE, BM, BN, D, True, WINDOW, TMA)
+    rows = m + tl.arange(0, BM)
     total = tl.where(rows < T, total, 1.0)  # rows past the end may have seen no key
-    tl.store(y_ptr + own + at_q, (acc / total[:, None]).to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None])
-    tl.store(lse_ptr + (b * H + h) * T + rows, tl.log2(total), mask=rows < T)
+    tl.store(y_ptr + _own(b, m, h, H, T, BM, D, D), (acc / total[:, None]).to(y_ptr.dtype.element_ty),
+             mask=(rows < T)[:, None])
+    tl.store(lse_ptr + (_wide(b) * H + h) * T + rows, tl.log2(total), mask=rows < T)
 
 
 # --- backward -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _dq_loop(dq, q, dy, lse, delta, k_ptr, v_ptr, at_k, at_v, rows, first, last, T, stride_kt, stride_vt, window,
-             SCALE: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr):
+def _dq_loop(dq, q, dy, lse, delta, k_src, v_src, b, kv, m, first, last, T, window, stride_kb, stride_kt, stride_vb,
+             stride_vt, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+             WINDOW: tl.constexpr, TMA: tl.constexpr):
     for n in range(first, last, BN):
-        k = _load(k_ptr, at_k, n, T, stride_kt, BN, MASKED)
-        v = _load(v_ptr, at_v, n, T, stride_vt, BN, MASKED)
+        k = _load(k_src, b, n, kv, T, stride_kb, stride_kt, BN, D, TMA)
+        v = _load(v_src, b, n, kv, T, stride_vb, stride_vt, BN, D, TMA)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - lse[:, None])
         if MASKED:
-            p = tl.where(_visible(rows[:, None], n + tl.arange(0, BN)[None, :], window, WINDOW), p, 0.0)
+            t, s = m + tl.arange(0, BM), n + tl.arange(0, BN)
+            p = tl.where(_visible(t[:, None], s[None, :], window, WINDOW), p, 0.0)
         ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
-def _flash_dq_kernel(q_ptr, k_ptr, v_ptr, y_ptr, dy_ptr, lse_ptr, delta_ptr, r_ptr, cos_ptr, sin_ptr, dq_ptr,
-                     T, H, GROUP, window, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-                     stride_vb, stride_vt, stride_vh, stride_yb, stride_yt, stride_yh, SCALE: tl.constexpr,
-                     GRAD_SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
-                     BN: tl.constexpr):
-    b, h, kv, m = _query_block(T, H, GROUP, BM)
+def _flash_dq_kernel(q_src, k_src, v_src, dy_src, q_ptr, y_ptr, lse_ptr, delta_ptr, r_ptr, cos_ptr, sin_ptr, dq_ptr,
+                     T, H, K, window, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
+                     stride_yb, stride_yt, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr, D: tl.constexpr,
+                     WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    b, h, m = _query_block(T, H, BM)
+    kv = h // (H // K)
     rows = m + tl.arange(0, BM)
-    inside = (rows < T)[:, None]
-    at_q = _offsets(BM, stride_qt, D)
-    at_y = _offsets(BM, stride_yt, D)
-    at_k = _offsets(BN, stride_kt, D)
-    at_v = _offsets(BN, stride_vt, D)
-    own = b * stride_qb + h * stride_qh + m.to(tl.int64) * stride_qt
-    dy_ptr += b * stride_yb + h * stride_yh + m.to(tl.int64) * stride_yt
-    q = tl.load(q_ptr + own + at_q, mask=inside, other=0.0)
-    dy = tl.load(dy_ptr + at_y, mask=inside, other=0.0)
-    y = tl.load(y_ptr + own + at_q, mask=inside, other=0.0)
-    row = (b * H + h) * T + rows
-    lse = tl.load(lse_ptr + row, mask=rows < T, other=0.0)
-    lse = tl.where(_alone(rows, window, WINDOW), float("inf"), lse)  # p = 0
+    row = (_wide(b) * H + h) * T + rows
+    q = _load(q_src, b, m, h, T, stride_qb, stride_qt, BM, D, TMA)
+    dy = _load(dy_src, b, m, h, T, stride_yb, stride_yt, BM, D, TMA)
+    y = tl.load(y_ptr + _own(b, m, h, H, T, BM, D, D), mask=(rows < T)[:, None], other=0.0)
     delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
     tl.store(delta_ptr + row, delta, mask=rows < T)
-    k_ptr += b * stride_kb + kv * stride_kh
-    v_ptr += b * stride_vb + kv * stride_vh
+    lse = tl.load(lse_ptr + row, mask=rows < T, other=0.0)
+    lse = tl.where(_alone(rows, window, WINDOW), float("inf"), lse)  # p = 0
     dq = tl.zeros((BM, D), tl.float32)
     first, middle = _key_bands(m, window, BM, BN, WINDOW)
     if WINDOW:
-        dq = _dq_loop(dq, q, dy, lse, delta, k_ptr, v_ptr, at_k, at_v, rows, first, middle, T, stride_kt, stride_vt,
-                      window, SCALE, BN, True, WINDOW)
-    dq = _dq_loop(dq, q, dy, lse, delta, k_ptr, v_ptr, at_k, at_v, rows, middle, m, T, stride_kt, stride_vt,
-                  window, SCALE, BN, False, WINDOW)
-    dq = _dq_loop(dq, q, dy, lse, delta, k_ptr, v_ptr, at_k, at_v, rows, m, tl.minimum(m + BM, T), T, stride_kt,
-                  stride_vt, window, SCALE, BN, True, WINDOW)
-    at = own + _offsets(BM, stride_qt, D // 2)
-    _store_raw_grad(dq * GRAD_SCALE, q_ptr, r_ptr, cos_ptr, sin_ptr, dq_ptr, rows, at,
-                    b * T * H + rows * H + h, T, BM, D)
+        dq = _dq_loop(dq, q, dy, lse, delta, k_src, v_src, b, kv, m, first, middle, T, window, stride_kb, stride_kt,
+                      stride_vb, stride_vt, SCALE, BM, BN, D, True, WINDOW, TMA)
+    dq = _dq_loop(dq, q, dy, lse, delta, k_src, v_src, b, kv, m, middle, m, T, window, stride_kb, stride_kt,
+                  stride_vb, stride_vt, SCALE, BM, BN, D, False, WINDOW, TMA)
+    dq = _dq_loop(dq, q, dy, lse, delta, k_src, v_src, b, kv, m, m, tl.minimum(m + BM, T), T, window, stride_kb,
+                  stride_kt, stride_vb, stride_vt, SCALE, BM, BN, D, True, WINDOW, TMA)
+    _store_raw_grad(dq * GRAD_SCALE, q_ptr, r_ptr, cos_ptr, sin_ptr, dq_ptr, b, m, h, H, T, BM, D)
 
 
 @triton.jit
-def _dkdv_loop(dk, dv, k, v, q_ptr, dy_ptr, lse_ptr, delta_ptr, at_q, at_y, cols, first, last, T, stride_qt, stride_yt,
-               window, SCALE: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr):
-    for m in range(first, last, BM):  # any block may be the last one, so loads are masked everywhere; 0 adds nothing
-        rows = m + tl.arange(0, BM)
-        q = _load(q_ptr, at_q, m, T, stride_qt, BM, True)
-        dy = _load(dy_ptr, at_y, m, T, stride_yt, BM, True)
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+def _dkdv_loop(dk, dv, k, v, q_src, dy_src, lse_ptr, delta_ptr, b, h, n, first, last, T, window, stride_qb, stride_qt,
+               stride_yb, stride_yt, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+               MASKED: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr):
+    for m in range(first, last, BM):
+        t = m + tl.arange(0, BM)
+        q = _load(q_src, b, m, h, T, stride_qb, stride_qt, BM, D, TMA)  # queries past T are 0 and add nothing
+        dy = _load(dy_src, b, m, h, T, stride_yb, stride_yt, BM, D, TMA)
+        lse = tl.load(lse_ptr + t, mask=t < T, other=0.0)
+        delta = tl.load(delta_ptr + t, mask=t < T, other=0.0)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - lse[None, :])  # (BN, BM)
         if MASKED:
-            p = tl.where(_visible(rows[None, :], cols[:, None], window, WINDOW), p, 0.0)
+            s = n + tl.arange(0, BN)
+            p = tl.where(_visible(t[None, :], s[:, None], window, WINDOW), p, 0.0)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta[None, :])
         if MASKED:
-            ds = tl.where(_alone(rows, window, WINDOW)[None, :], 0.0, ds)
+            ds = tl.where(_alone(t, window, WINDOW)[None, :], 0.0, ds)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit
-def _flash_dkdv_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, r_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
-                       T, H, GROUP, window, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-                       stride_vb, stride_vt, stride_vh, stride_yb, stride_yt, stride_yh, SCALE: tl.constexpr,
-                       GRAD_SCALE: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
-                       BN: tl.constexpr):
-    K = H // GROUP
+def _flash_dkdv_kernel(q_src, k_src, v_src, dy_src, k_ptr, lse_ptr, delta_ptr, r_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
+                       T, H, K, window, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
+                       stride_yb, stride_yt, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr, D: tl.constexpr,
+                       WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BN)
-    b, kv, n = (pid // blocks // K).to(tl.int64), pid // blocks % K, pid % blocks * BN
-    cols = n + tl.arange(0, BN)
-    inside = (cols < T)[:, None]
-    at_q = _offsets(BM, stride_qt, D)
-    at_y = _offsets(BM, stride_yt, D)
-    at_k = _offsets(BN, stride_kt, D)
-    at_v = _offsets(BN, stride_vt, D)
-    own = b * stride_kb + kv * stride_kh + n.to(tl.int64) * stride_kt
-    k = tl.load(k_ptr + own + at_k, mask=inside, other=0.0)
-    v = tl.load(v_ptr + b * stride_vb + kv * stride_vh + n.to(tl.int64) * stride_vt + at_v, mask=inside, other=0.0)
+    b, kv, n = pid // blocks // K, pid // blocks % K, pid % blocks * BN
+    k = _load(k_src, b, n, kv, T, stride_kb, stride_kt, BN, D, TMA)
+    v = _load(v_src, b, n, kv, T, stride_vb, stride_vt, BN, D, TMA)
     dk = tl.zeros((BN, D), tl.float32)
     dv = tl.zeros((BN, D), tl.float32)
-    # causal band, then queries that see every key of the block, then those whose window leaves it
+    # the causal band, then queries that see every key of the block, then those whose window leaves it
     middle = tl.minimum(n + BN, T)
     right, last = T, T
     if WINDOW:
         right = tl.maximum(tl.minimum((n + window + 1) // BM * BM, T), middle)
         last = tl.minimum(n + BN + window, T)
-    for g in range(0, GROUP):
-        h = kv * GROUP + g
-        q_head = q_ptr + b * stride_qb + h * stride_qh
-        dy_head = dy_ptr + b * stride_yb + h * stride_yh
-        row = (b * H + h) * T
-        dk, dv = _dkdv_loop(dk, dv, k, v, q_head, dy_head, lse_ptr + row, delta_ptr + row, at_q, at_y, cols,
-                            n, middle, T, stride_qt, stride_yt, window, SCALE, BM, True, WINDOW)
-        dk, dv = _dkdv_loop(dk, dv, k, v, q_head, dy_head, lse_ptr + row, delta_ptr + row, at_q, at_y, cols,
-                            middle, right, T, stride_qt, stride_yt, window, SCALE, BM, False, WINDOW)
+    for h in range(kv * (H // K), (kv + 1) * (H // K)):
+        row = (_wide(b) * H + h) * T
+        dk, dv = _dkdv_loop(dk, dv, k, v, q_src, dy_src, lse_ptr + row, delta_ptr + row, b, h, n, n, middle, T, window,
+                            stride_qb, stride_qt, stride_yb, stride_yt, SCALE, BM, BN, D, True, WINDOW, TMA)
+        dk, dv = _dkdv_loop(dk, dv, k, v, q_src, dy_src, lse_ptr + row, delta_ptr + row, b, h, n, middle, right, T,
+                            window, stride_qb, stride_qt, stride_yb, stride_yt, SCALE, BM, BN, D, False, WINDOW, TMA)
         if WINDOW:
-            dk, dv = _dkdv_loop(dk, dv, k, v, q_head, dy_head, lse_ptr + row, delta_ptr + row, at_q, at_y, cols,
-                                right, last, T, stride_qt, stride_yt, window, SCALE, BM, True, WINDOW)
-    tl.store(dv_ptr + own + at_k, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-    at = own + _offsets(BN, stride_kt, D // 2)
-    _store_raw_grad(dk * GRAD_SCALE, k_ptr, r_ptr, cos_ptr, sin_ptr, dk_ptr, cols, at,
-                    b * T * K + cols * K + kv, T, BN, D)
+            dk, dv = _dkdv_loop(dk, dv, k, v, q_src, dy_src, lse_ptr + row, delta_ptr + row, b, h, n, right, last, T,
+                                window, stride_qb, stride_qt, stride_yb, stride_yt, SCALE, BM, BN, D, True, WINDOW, TMA)
+    tl.store(dv_ptr + _own(b, n, kv, K, T, BN, D, D), dv.to(dv_ptr.dtype.element_ty),
+             mask=(n + tl.arange(0, BN) < T)[:, None])
+    _store_raw_grad(dk * GRAD_SCALE, k_ptr, r_ptr, cos_ptr, sin_ptr, dk_ptr, b, n, kv, K, T, BN, D)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -290,20 +280,37 @@ def _flash_dkdv_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, r_ptr, c
 
 def _tile(kernel: str, q: torch.Tensor) -> dict:
     """Return the blocks of one kernel; fp32 halves them and has no pipeline, since it takes twice the bytes."""
-    tile = dict(pick_tile(TILES, q.device, q.size(-1) <= 64)[kernel])
+    tile = dict(pick_tile(TILES, q.device, q.size(-1) == 64)[kernel])
     if "num_warps" in tile and q.dtype == torch.float32:
         tile |= dict(BM=tile["BM"] // 2, BN=tile["BN"] // 2, num_stages=1)
     return tile
 
 
-def _launch(kernel, name: str, tensors: tuple, strided: tuple[torch.Tensor, ...], window: int, **constants) -> None:
-    """Launch a program per block of queries, or of keys for dkdv; strided = (zq, zk, v[, dy]) tell their strides."""
-    (B, T, H, D), K = strided[0].shape, strided[1].size(2)
-    tile = _tile(name, strided[0])
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """View x (B, T, heads, D) as (B, T, heads D) as TMA can read it, copying where strides or alignment forbid it."""
+    x = x.flatten(2)
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
+    return x if aligned and x.stride(2) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(kernel, name: str, queries: tuple[torch.Tensor, ...], keys: tuple[torch.Tensor, ...], tensors: tuple,
+            window: int, **constants) -> None:
+    """Launch a program per block of queries, or of keys for dkdv.
+
+    queries = (zq[, dy]) and keys = (zk, v) are what comes in blocks, `tensors` the other arguments.
+    """
+    (B, T, H, D), K = queries[0].shape, keys[0].size(2)
+    tile = _tile(name, queries[0])
     blocks = B * K * triton.cdiv(T, tile["BN"]) if name == "dkdv" else B * H * triton.cdiv(T, tile["BM"])
     window = -1 if window >= T - 1 else window  # all are seen; so no bound of the loops can pass 2^31
-    strides = [stride for x in strided for stride in x.stride()[:3]]
-    kernel[(blocks,)](*tensors, T, H, H // K, window, *strides, SCALE=D ** -0.5 * math.log2(math.e), D=D,
+    rows = [tile["BM"], tile["BN"], tile["BN"], tile["BM"]]
+    matrices = [_matrix(x) for x in (queries[0], *keys, *queries[1:])]
+    strides = [stride for x in matrices for stride in x.stride()[:2]]
+    if tile["TMA"]:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+        matrices = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, n, D])
+                    for x, n in zip(matrices, rows, strict=False)]
+    kernel[(blocks,)](*matrices, *tensors, T, H, K, window, *strides, SCALE=D ** -0.5 * math.log2(math.e), D=D,
                       WINDOW=window >= 0, **constants, **tile)
 
 
@@ -322,8 +329,7 @@ def flash_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tens
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y (B, T, H, D), log2 of the sums (B, H, T), zq, zk and their 1 / rms, for raw q, k, v of any strides."""
     y, lse, zq, zk, rq, rk = _fake_fwd(q, k, v, cos, sin, window)
-    v = as_rows(v)
-    _launch(_flash_fwd_kernel, "fwd", (zq, zk, v, y, lse), (zq, zk, v), window)
+    _launch(_flash_fwd_kernel, "fwd", (zq,), (zk, v), (y, lse), window)
     return y, lse, zq, zk, rq, rk
 
 
@@ -337,12 +343,12 @@ def _flash_bwd(dy: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, zq: torch.T
                window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of raw q, k and v, contiguous."""
     dq, dk, dv = _fake_bwd(dy, y, lse, zq, zk, rq, rk, v, cos, sin, window)
-    dy, v, cos, sin = as_rows(dy), as_rows(v), cos.contiguous(), sin.contiguous()
-    delta = _per_row(zq)  # written by the dq kernel, which goes first
+    cos, sin, delta = cos.contiguous(), sin.contiguous(), _per_row(zq)
     grad_scale = zq.size(-1) ** -0.5
-    _launch(_flash_dq_kernel, "dq", (zq, zk, v, y, dy, lse, delta, rq, cos, sin, dq), (zq, zk, v, dy), window,
+    # dq first: it writes delta
+    _launch(_flash_dq_kernel, "dq", (zq, dy), (zk, v), (zq, y, lse, delta, rq, cos, sin, dq), window,
             GRAD_SCALE=grad_scale)
-    _launch(_flash_dkdv_kernel, "dkdv", (zq, zk, v, dy, lse, delta, rk, cos, sin, dk, dv), (zq, zk, v, dy), window,
+    _launch(_flash_dkdv_kernel, "dkdv", (zq, dy), (zk, v), (zk, lse, delta, rk, cos, sin, dk, dv), window,
             GRAD_SCALE=grad_scale)
     return dq, dk, dv
 
