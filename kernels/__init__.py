@@ -6,7 +6,9 @@ Importing this package registers every op; the list is explicit so that a reader
 from kernels import (  # noqa: F401 - imported for registration
     attention,
     cross_entropy,
+    fp8_cast,
     linear,
+    linear_relu2,
     muon_update,
     newton_schulz,
     paged_append,

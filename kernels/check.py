@@ -7,12 +7,13 @@ outside show. Used by tests and by benches, which do not time what fails here.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from kernels.registry import OPS, Op, callable_of
+from kernels.registry import BACKENDS, OPS, Op, callable_of
 
 RATIO = 2.0
 
@@ -37,11 +38,15 @@ def assert_parity(op_name: str, backend: str, case: str, dtype: torch.dtype, dev
     eager = callable_of(op_name, "eager")
     results = {"eager": run(op, eager, inputs), "exact": run(op, eager, wide),
                "kernel": run(op, callable_of(op_name, backend), inputs, _strided if strided else _banded)}
-    largest = max(value.abs().max().item() for value in results["exact"].values())
+    largest = max(map(_largest, results["exact"].values()))
+    sqnr = BACKENDS[op_name][backend].sqnr
     for name, exact in results["exact"].items():
         kernel, eager = results["kernel"][name], results["eager"][name]
+        if sqnr:
+            _assert_sqnr(f"{op_name}={backend} {case} {name}", kernel, eager, exact, sqnr[name.startswith("gradient")])
+            continue
         # A gradient that is 0 by cancellation (one visible key) has no scale of its own: take the call's.
-        scale = exact.abs().max().item() or largest
+        scale = _largest(exact) or largest
         _assert_close(f"{op_name}={backend} {case} {name}", kernel, eager, exact, scale)
 
 
@@ -151,6 +156,18 @@ def _assert_close(what: str, kernel: torch.Tensor, eager: torch.Tensor, exact: t
     for measure in (_max_error, _rms_error):
         got, bound = measure(kernel, exact), RATIO * measure(eager, exact) + ulp
         assert got <= bound, f"{what}: {measure.__name__[1:]} must be at most {bound:.3e}, got {got:.3e}"
+
+
+def _assert_sqnr(what: str, kernel: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, least: float) -> None:
+    """Signal to quantization noise, 10 log10(sum exact^2 / sum error^2): for backends that round on purpose."""
+    assert kernel.shape == eager.shape and kernel.dtype == eager.dtype, \
+        f"{what}: must be {tuple(eager.shape)} {eager.dtype}, got {tuple(kernel.shape)} {kernel.dtype}"
+    got = 20 * math.log10(_rms_error(exact, 0 * exact) / max(_rms_error(kernel, exact), 1e-300))
+    assert got >= least, f"{what}: SQNR must be at least {least} dB, got {got:.1f}"
+
+
+def _largest(x: torch.Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
 def _max_error(x: torch.Tensor, exact: torch.Tensor) -> float:

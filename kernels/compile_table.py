@@ -152,7 +152,7 @@ def _resources(ptx: str, sm: int) -> tuple[int, int]:
 def compile_all(ops: list[str], sms: list[int], dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     """Compile every Triton backend of `ops` for every capability."""
     return [row for sm in sms for name in ops for backend, b in BACKENDS[name].items()
-            if "triton" in b.needs and dtype in (b.dtypes or (dtype,))
+            if "triton" in b.needs and dtype in (b.dtypes or (dtype,)) and (sm >= 89 or "fp8" not in b.needs)
             for row in compile_op(OPS[name], backend, sm, dtype)]
 
 

@@ -1,8 +1,8 @@
 """Triton's interpreter made exact enough to prove kernels on a CPU, for tests.
 
-Measured on triton 3.7 to 3.9: `tl.dot` multiplies the raw bits of bf16 operands, and a cast from fp32 to bf16 truncates
-where a GPU rounds to nearest even. `install()` mends both. `launches()` tells which kernels ran, `shuffled(seed)` runs
-a launch's programs in another order: a kernel whose result changes has a race between programs.
+Measured on triton 3.7 to 3.9: `tl.dot` multiplies the raw bits of bf16 operands, and a cast from fp32 to bf16 or fp8
+truncates where a GPU rounds to nearest even. `install()` mends these. `launches()` tells which kernels ran,
+`shuffled(seed)` runs a launch's programs in another order: a kernel whose result changes has a race between programs.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -30,6 +31,7 @@ def install() -> None:
     """Mend the interpreter in place; a second call does nothing."""
     if getattr(interpreter, "_mended", False):
         return
+    fp8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def mended_convert(x, source, target, rounding_mode):
@@ -37,6 +39,8 @@ def install() -> None:
             return to_bf16(x.view(np.float32)).reshape(x.shape)
         if (source, target) == (tl.bfloat16, tl.float32):
             return from_bf16(x).view(np.uint32).reshape(x.shape)
+        if source == tl.float32 and target in fp8:
+            return torch.from_numpy(x.view(np.float32)).to(fp8[target]).view(torch.uint8).numpy()
         return convert(x, source, target, rounding_mode)
 
     def mended_dot(self, a, b, d, *args):

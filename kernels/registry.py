@@ -43,6 +43,7 @@ class Op:
     make_inputs(case, dtype, device, generator) -> keyword arguments for a call of any backend.
     flops(case), bytes(case, itemsize): work and least memory traffic of one forward call; None where meaningless.
     grad_inputs: names of the inputs that get gradients; mutates: names of the inputs written in place.
+    internal: only other backends call it; eager, at no cost, while no chosen backend does.
     """
 
     name: str
@@ -53,16 +54,20 @@ class Op:
     grad_inputs: tuple[str, ...] = ()
     mutates: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    internal: bool = False
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op and what it needs.
 
-    needs: "cuda", "triton" (CUDA of sm80 or later, or the interpreter), "sm90".. or the name of a Python package.
+    needs: "cuda", "triton" (CUDA of sm80 or later, or the interpreter), "fp8" (sm89 or later, or the CPU), "sm90".. or
+        the name of a Python package.
     uses: other ops whose resolved callable is passed as keyword argument of the same name.
+    bypasses: ops that the reference uses and this backend does not: it yields to eager when the user names one of them.
     check(shapes) -> the broken rule in words, or None; shapes is what the caller of `resolve` knows (head_dim, ...).
     rank: `auto` takes the available backend of lowest rank.
+    sqnr: dB that outputs and gradients must keep, for a backend that quantizes, in place of check.py's 2x rule.
     """
 
     op: str
@@ -70,9 +75,11 @@ class Backend:
     fn: Callable
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
+    bypasses: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] | None = None
     check: Callable[[Mapping], str | None] | None = None
     rank: int = 100
+    sqnr: tuple[float, float] | None = None
 
 
 NAMESPACE = "kernels"  # of our operators: torch.ops.kernels.*
@@ -146,6 +153,8 @@ def _unmet(need: str, device: torch.device) -> str | None:
             return _unmet("sm80", device)
         runs = interpreter_on() or device.type == "meta"
         return None if runs else f"Triton needs a CUDA GPU, this is {device.type}"
+    if need == "fp8":  # the CPU computes the same numbers, slowly
+        return None if device.type == "cpu" else _unmet("sm89", device)
     if need.startswith("sm") and need[2:].isdigit():
         have = sm(device)
         if have is None:
@@ -173,8 +182,11 @@ class KernelConfig:
     chosen: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> "KernelConfig":
-        """Parse "PRESET" or "PRESET,op=backend,..." or "op=backend,..."; raise KernelError naming what is unknown."""
+    def parse(cls, text: str, fp8: bool = False) -> "KernelConfig":
+        """Parse "PRESET" or "PRESET,op=backend,..." or "op=backend,..."; fp8 adds linear=fp8.
+
+        Raises KernelError naming what is unknown, or the other backend that the text names for linear.
+        """
         preset, chosen = "auto", {}
         for position, word in enumerate(w.strip() for w in text.split(",")):
             op, equals, name = word.partition("=")
@@ -193,7 +205,10 @@ class KernelConfig:
             if op in chosen:
                 raise KernelError(f"--kernels {text}: {op} is named twice")
             chosen[op] = name
-        return cls(text, preset, chosen)
+        if fp8 and chosen.setdefault("linear", "fp8") != "fp8":
+            raise KernelError(f"--fp8 is linear=fp8, but --kernels {text} names linear={chosen['linear']}; "
+                              "leave one of them out")
+        return cls(f"{text},linear=fp8" if fp8 and "linear=fp8" not in text else text, preset, chosen)
 
 
 def _nearest(word: str, names) -> str:
@@ -212,7 +227,9 @@ class Kernels:
     qk_norm_rope: Callable
     attention: Callable
     relu2: Callable
+    linear_relu2: Callable
     linear: Callable
+    fp8_cast: Callable
     cross_entropy: Callable
     newton_schulz: Callable
     muon_update: Callable
@@ -240,20 +257,32 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype, shap
         raise KernelUnavailable(f"--kernels {config.text}: no op has a triton backend in this version; "
                                 "use --kernels auto")
     op_fields = [f.name for f in fields(Kernels) if f.name not in ("names", "notes", "requested")]
-    for op in op_fields:
+    for op in sorted(op_fields, key=lambda op: OPS[op].internal):  # an internal op's callers first
+        if OPS[op].internal and op not in config.chosen and not _called(op, names):
+            names[op] = "eager"
+            continue
         wanted = config.chosen.get(op) or measured.get(op) or _preset_choice(config.preset, op)
         if wanted == "auto":
-            names[op], passed_over = _automatic(op, device, dtype, shapes)
+            wanted, passed_over = _automatic(op, device, dtype, shapes)
             notes += passed_over
-            continue
-        reason = why_not(BACKENDS[op][wanted], device, dtype, shapes)
-        if reason:
+        elif reason := why_not(BACKENDS[op][wanted], device, dtype, shapes):
             usable = [n for n, b in BACKENDS[op].items() if why_not(b, device, dtype, shapes) is None]
             raise KernelUnavailable(f"--kernels {op}={wanted}: {reason}. Available here: {', '.join(usable)}. "
                                     f"Use --kernels {op}={usable[-1]} or {op}=auto.")
         names[op] = wanted
+        named = [f"{other}={config.chosen[other]}" for other in BACKENDS[op][wanted].bypasses
+                 if config.chosen.get(other, "auto") != "auto"]
+        if named and op in config.chosen:
+            raise KernelError(f"--kernels {config.text}: {op}={wanted} does not call {named[0]}; leave one of them out")
+        if named:
+            notes.append(f"kernels: {op}=eager, because {op}={wanted} would not call {named[0]}")
+            names[op] = "eager"
     bound = {op: _bind(op, names) for op in op_fields}
     return Kernels(**bound, names=names, notes=tuple(notes), requested=config.text)
+
+
+def _called(op: str, names: Mapping[str, str]) -> bool:
+    return any(op in BACKENDS[caller][name].uses for caller, name in names.items())
 
 
 def _preset_choice(preset: str, op: str) -> str:

@@ -8,6 +8,8 @@ Master weights are fp32; activations are in `GPT.dtype` and each op casts what i
 Weights cast once with `cast_weights` (inference) make those casts free.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 
 from kernels import Kernels
 from kernels.cross_entropy import softcapped_logits
+from kernels.linear import FP8_LAYERS
 from kernels.qk_norm_rope import rotary_table
 
 # B batch, T tokens, N ragged tokens, H query heads, K kv heads, D head dim, C model dim, V vocab, P page size
@@ -107,17 +110,33 @@ class PagedBatch:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that multiplies through the resolved `linear` kernel."""
+    """A linear layer without bias that multiplies through the resolved `linear` kernel.
+
+    fp8 says whether it runs in fp8; then `quantize` must follow every change of the weight.
+    """
 
     def __init__(self, in_features: int, out_features: int, kernels: Kernels):
         super().__init__(in_features, out_features, bias=False)
         self.kernels = kernels
+        self.fp8 = False
+        self._codes: tuple | None = None
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are: `init_weights` or a checkpoint fills them."""
 
+    @torch.no_grad()
+    def quantize(self) -> None:
+        self._codes = self.kernels.fp8_cast(self.weight)
+
+    @property
+    def codes(self) -> tuple | None:
+        """Return the weight in fp8, None where the layer does not run in it."""
+        if self.fp8 and self._codes is None:
+            raise RuntimeError("an fp8 layer must be quantized after its weight is set: call GPT.quantize_weights()")
+        return self._codes if self.fp8 else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.linear(x, self.weight)
+        return self.kernels.linear(x, self.weight, self.codes)
 
 
 class Attention(nn.Module):
@@ -159,7 +178,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, kernels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(self.kernels.relu2(self.c_fc(x)))
+        fc, proj = self.c_fc, self.c_proj
+        return self.kernels.linear_relu2(x, fc.weight, proj.weight, fc.codes, proj.codes)
 
 
 class Block(nn.Module):
@@ -187,8 +207,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, kernels: Kernels, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.kernels, self.dtype = config, kernels, dtype
+        wte = config.vocab_size, config.n_embd
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)),
+            "wte": nn.Embedding(*wte, _weight=torch.empty(wte)),
             "h": nn.ModuleList([Block(config, layer, kernels) for layer in range(config.n_layer)]),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, kernels)
@@ -196,6 +217,11 @@ class GPT(nn.Module):
         cos, sin = rotary_table(config.sequence_len, config.head_dim, device=torch.device("cpu"))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.fp8_layers = [layer for block in self.transformer["h"] for name, layer in block.named_modules()
+                           if name in FP8_LAYERS and kernels.names["linear"] == "fp8"]
+        for layer in self.fp8_layers:
+            layer.fp8 = True
+        self.register_load_state_dict_post_hook(lambda model, keys: model.quantize_weights())
 
     @classmethod
     def build(cls, config: GPTConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device,
@@ -226,6 +252,23 @@ class GPT(nn.Module):
                 fan_out, fan_in = p.shape
                 std = min(1.0, (fan_out / fan_in) ** 0.5) / fan_in ** 0.5
             p.copy_(torch.randn(p.shape, generator=generator) * std if std else torch.zeros(()))
+        self.quantize_weights()
+
+    def quantize_weights(self) -> None:
+        """Cast the weights of the fp8 layers anew; whoever changes weights does it, once for all micro-batches."""
+        for layer in self.fp8_layers:
+            layer.quantize()
+
+    @contextmanager
+    def without_fp8(self) -> Iterator[None]:
+        """Run every layer in the compute dtype inside, so that an evaluation measures the weights, not the training."""
+        for layer in self.fp8_layers:
+            layer.fp8 = False
+        try:
+            yield
+        finally:
+            for layer in self.fp8_layers:
+                layer.fp8 = True
 
     def cast_weights(self) -> "GPT":
         """Cast every weight to the compute dtype, for inference; training keeps fp32 masters."""

@@ -36,9 +36,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def pick_kernels(text: str, device: torch.device, dtype: torch.dtype, config: GPTConfig) -> Kernels:
-    """Resolve a --kernels text for this model and print the choice."""
-    kernels = resolve(KernelConfig.parse(text), device, dtype, config.shapes())
+def pick_kernels(text: str, device: torch.device, dtype: torch.dtype, config: GPTConfig, fp8: bool = False) -> Kernels:
+    """Resolve a --kernels text, and --fp8, for this model and print the choice."""
+    kernels = resolve(KernelConfig.parse(text, fp8), device, dtype, config.shapes())
     print0(kernels.describe())
     return kernels
 

@@ -74,7 +74,7 @@ class MuonAdamW:
     def __init__(self, model: GPT, kernels: Kernels, *, matrix_lr: float = 0.02, embedding_lr: float = 0.2,
                  head_lr: float = 0.004, weight_decay: float = 0.0, lr_scale: float = 1.0, rank: int = 0,
                  world_size: int = 1):
-        self.kernels, self.rank, self.world_size = kernels, rank, world_size
+        self.model, self.kernels, self.rank, self.world_size = model, kernels, rank, world_size
         self.weight_decay = weight_decay
         self.step_count = 0
         # fp32 Newton-Schulz on CPU, bf16 on the tensor cores of a GPU
@@ -127,6 +127,7 @@ class MuonAdamW:
             gathers += [self._all_gather(bank) for bank in group]
         for gather in gathers:
             _wait(gather)
+        self.model.quantize_weights()
 
     # --- updates of the owned slice ---
 

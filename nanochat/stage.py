@@ -23,6 +23,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, device_batch_size: in
     add_device_flags(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="torch.compile the model; default: on a GPU only")
+    parser.add_argument("--fp8", action="store_true",
+                        help="the MLP's matrices in 8 bits: the same as linear=fp8 in --kernels; evaluations stay out")
     parser.add_argument("--device-batch-size", type=flags.positive_int, default=device_batch_size,
                         help="rows per rank and micro-batch")
     parser.add_argument("--matrix-lr", type=flags.rate, default=0.02, help="Muon's learning rate of the block matrices")
@@ -73,7 +75,7 @@ def model_from(stage: str, args, runtime: Runtime) -> tuple[GPT, Tokenizer, dict
 
 def _build(config: GPTConfig, args, runtime: Runtime, seed: int | None) -> GPT:
     dtype = pick_dtype(args.dtype, runtime.device)
-    kernels = pick_kernels(args.kernels, runtime.device, dtype, config)
+    kernels = pick_kernels(args.kernels, runtime.device, dtype, config, args.fp8)
     return GPT.build(config, kernels, dtype, runtime.device, seed)
 
 

@@ -273,7 +273,8 @@ class Trainer:
             return
         if step and not self._due(self.eval_every):
             return
-        row = self.evaluate(step)
+        with self.model.without_fp8():
+            row = self.evaluate(step)
         self.progress.evaluated_step = step
         if "val_bpb" in row:
             best = self.progress.best_val_bpb

@@ -71,7 +71,7 @@ def test_speedrun_refuses_before_it_does_anything(arguments, sentence, tmp_path)
 
 def test_training_refuses_unknown_kernels_and_batches_that_do_not_divide(trained, capsys):
     assert fails(base_train, [*trained, "--kernels", "relu2=quick"], capsys) == (
-        "--kernels relu2=quick: relu2 has no backend 'quick'; it has eager")
+        "--kernels relu2=quick: relu2 has no backend 'quick'; it has eager, triton, liger")
     assert fails(base_train, [*trained, "--total-batch-size", "100"], capsys) == (
         "--total-batch-size must be a positive multiple of device-batch-size 2 x sequence-len 32 x ranks 1 = 64, "
         "got 100")
