@@ -8,6 +8,7 @@ import torch
 
 from bench import harness, results
 from kernels.registry import OPS
+from nanochat.common import UserError
 
 ROWS = pytest.StashKey[results.Results]()
 
@@ -26,7 +27,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.stash[ROWS] = results.Results(config.getoption("--rows"), harness.environment(device))
+    try:
+        config.stash[ROWS] = results.Results(config.getoption("--rows"), harness.environment(device))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +45,8 @@ def keep(request, benchmark, device):
 
     def file(row: dict) -> None:
         row = {**row, **harness.clocks(device)}
+        if row["key"].startswith("kernel/"):
+            row.update(harness.against(row, {**rows.rows, row["key"]: row}))
         rows.add(row)
         benchmark.extra_info.update(rows.rows[row["key"]])
         if options.update_baseline:
@@ -97,19 +103,14 @@ def baseline_line(rows: results.Results, options) -> str:
 
 def kernel_table(rows: list[dict]) -> list[str]:
     """Return the rows as lines of text; n/a where a figure does not exist."""
-    by_key = {row["key"]: row["median_s"] for row in rows}
-
-    def ratio(row: dict, provider: str) -> str:
-        base = by_key.get(row["key"].replace(f"/{row['provider']}/", f"/{provider}/"))
-        return "n/a" if base is None else f"{base / row['median_s']:.2f}x"
-
     lines = [f"{'op':<16} {'provider':<8} {'case':<14} {'pass':<16} {'ms':>9} {'MAD':>7} {'GB/s':>6} {'TFLOP/s':>7} "
              f"{'roof':>6} {'peak MiB':>8} {'/eager':>7} {'/compile':>8}"]
     for row in rows:
-        numbers = [f"{row[name]:.0f}" if row[name] else "n/a" for name in ("gb_per_s", "tflop_per_s")]
+        numbers = [f"{row[name]:.3g}" if row[name] else "n/a" for name in ("gb_per_s", "tflop_per_s")]
+        ratios = [f"{row[name]:.2f}x" if row[name] else "n/a" for name in ("vs_eager", "vs_compile")]
         roof = "n/a" if row["percent_of_roof"] is None else f"{row['percent_of_roof']:.0f} %"
         memory = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         lines.append(f"{row['op']:<16} {row['provider']:<8} {row['case']:<14} {row['passes']:<16} "
                      f"{1e3 * row['median_s']:>9.4f} {1e3 * row['mad_s']:>7.4f} {numbers[0]:>6} {numbers[1]:>7} "
-                     f"{roof:>6} {memory:>8} {ratio(row, 'eager'):>7} {ratio(row, 'compile'):>8}")
+                     f"{roof:>6} {memory:>8} {ratios[0]:>7} {ratios[1]:>8}")
     return lines

@@ -140,7 +140,7 @@ class Call:
         self.fn = getattr(kernels, bench.op)
         if bench.provider == "compile":
             torch.compiler.reset()
-            self.fn = torch.compile(self.fn if not isinstance(self.fn, functools.partial) else _plain(self.fn))
+            self.fn = torch.compile(_plain(self.fn))
         with device:  # a generator on the GPU draws 800M numbers in milliseconds
             generator = torch.Generator(device).manual_seed(0)
             self.inputs = self.op.make_inputs(self.op.cases[bench.case], dtype, device, generator)
@@ -178,11 +178,9 @@ class Call:
         return forward + sum(t.nbytes for t in [*self.cotangents, *gradients, *gradients])
 
 
-def _plain(partial: functools.partial) -> Callable:
-    def call(**inputs):
-        return partial(**inputs)
-
-    return call
+def _plain(fn: Callable) -> Callable:
+    """Return a function for torch.compile: some ops are functools.partial objects."""
+    return lambda **inputs: fn(**inputs)
 
 
 @functools.cache
@@ -263,6 +261,15 @@ def figures(bench: Bench, call: Call, samples: Sequence[float], device: torch.de
         "gb_per_s": moved and moved / median / 1e9, "tflop_per_s": flops and flops / median / 1e12,
         "roof": roof, "percent_of_roof": roof and 100 * floors[roof] / median, "kernels": call.kernels,
     }
+
+
+def against(row: dict, rows: Mapping[str, dict]) -> dict[str, float | None]:
+    """Return how many times faster the row is than eager and compile of the same run, None where they are missing."""
+    found = {}
+    for base in ("eager", "compile"):
+        other = rows.get(row["key"].replace(f"/{row['provider']}/", f"/{base}/"))
+        found[f"vs_{base}"] = other and other["median_s"] / row["median_s"]
+    return found
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float]:

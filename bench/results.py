@@ -100,12 +100,13 @@ def slowdown(row: dict, base: dict | None) -> str | None:
 def best_backends(rows: dict) -> dict[str, str]:
     """Return op -> fastest backend over the d20 rows, forward+backward where the op has it.
 
-    Compared are the backends that were measured at every d20 size of the op. Our own kernel must win by MARGIN.
+    Compared are the backends that were measured at every d20 size of the op, windows aside, which no preset of a model
+    uses. Our own kernel must win by MARGIN.
     """
     seconds: dict[str, dict[str, dict]] = {}
     for row in rows.values():
         wanted = row["key"].startswith("kernel/") and row["case"].startswith("d20") and row["provider"] != "compile"
-        if wanted and row["op"] not in UNMEASURED_CHOICE:
+        if wanted and row["op"] not in UNMEASURED_CHOICE and "window" not in row["case"]:
             cases = seconds.setdefault(row["op"], {}).setdefault(row["provider"], {})
             cases.setdefault(row["passes"], {})[row["case"]] = row["median_s"]
     return {op: choice for op, found in seconds.items() if (choice := _fastest(found))}
