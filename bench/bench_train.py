@@ -182,7 +182,8 @@ def kernel_groups(run: Callable[[], None], device: torch.device) -> dict[str, fl
             torch.cuda.synchronize()
     found, ours = defaultdict(float), our_kernels()
     for event in profiler.key_averages():
-        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda:
+        # Ranges that inductor annotates appear on the GPU's line too, beside the kernels that they contain.
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda and not event.is_user_annotation:
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             found[_group(event.key, ours)] += spent / 1e3
     return {name: ms for name, ms in sorted(found.items(), key=lambda item: -item[1]) if ms}

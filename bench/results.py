@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+from kernels.registry import BACKENDS
 from nanochat.common import UserError, atomic_write
 
 BASELINES = Path(__file__).with_name("baselines")
@@ -105,19 +106,21 @@ def best_backends(rows: dict) -> dict[str, str]:
     """
     seconds: dict[str, dict[str, dict]] = {}
     for row in rows.values():
-        wanted = row["key"].startswith("kernel/") and row["case"].startswith("d20") and row["provider"] != "compile"
-        if wanted and row["op"] not in UNMEASURED_CHOICE and "window" not in row["case"]:
+        if not row["key"].startswith("kernel/") or row["op"] in UNMEASURED_CHOICE:
+            continue
+        if row["case"].startswith("d20") and "window" not in row["case"] and row["provider"] in BACKENDS[row["op"]]:
             cases = seconds.setdefault(row["op"], {}).setdefault(row["provider"], {})
             cases.setdefault(row["passes"], {})[row["case"]] = row["median_s"]
-    return {op: choice for op, found in seconds.items() if (choice := _fastest(found))}
+    return {op: choice for op, found in seconds.items() if (choice := _fastest(op, found))}
 
 
-def _fastest(found: dict[str, dict]) -> str | None:
+def _fastest(op: str, found: dict[str, dict]) -> str | None:
     passes = "forward+backward" if any("forward+backward" in p for p in found.values()) else "forward"
     cases = {case for by_passes in found.values() for case in by_passes.get(passes, {})}
     total = {name: sum(p[passes].values()) for name, p in found.items() if p.get(passes, {}).keys() == cases}
-    others = {name: s for name, s in total.items() if name != "triton"}
-    if not total or len(total) < 2:
+    ours = {name: s for name, s in total.items() if "triton" in BACKENDS[op][name].needs}
+    others = {name: s for name, s in total.items() if name not in ours}
+    if not others or len(total) < 2:
         return None  # one backend alone is no comparison
-    other = min(others, key=others.get)
-    return "triton" if total.get("triton", float("inf")) * MARGIN <= others[other] else other
+    own, other = (min(names, key=names.get, default=None) for names in (ours, others))
+    return own if own and ours[own] * MARGIN <= others[other] else other

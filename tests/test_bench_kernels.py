@@ -186,6 +186,40 @@ def test_the_clock_moves_by_device_time_only():
     assert clock.read() == 0.75
 
 
+def test_device_time_is_between_events_around_the_call_after_the_cache_was_cleared(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.5  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(harness, "COLD_BYTES", 8)
+    timer = harness.DeviceTimer(CPU)
+    timer.cold.fill_(7)
+    assert timer(lambda: log.append(f"call after {timer.cold.sum()}")) == 2.5e-3
+    assert log == ["record", "call after 0", "record", "wait"]
+
+
+def test_peak_memory_is_what_one_call_takes_beyond_what_was_there(monkeypatch):
+    memory = {"now": 100, "peak": 900}
+    for name, fake in {"reset_peak_memory_stats": lambda d: memory.update(peak=memory["now"]),
+                       "memory_allocated": lambda d: memory["now"], "synchronize": lambda d: None,
+                       "max_memory_allocated": lambda d: memory["peak"]}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert harness.peak_bytes(lambda: memory.update(peak=350), torch.device("cuda")) == 250
+    assert harness.peak_bytes(lambda: 1 / 0, CPU) is None
+
+
 def test_rounds_fill_half_a_second_within_bounds():
     assert [harness.rounds_for(s) for s in (1.0, 0.01, 1e-6)] == [15, 50, 100]
 

@@ -2,6 +2,8 @@
 
 import json
 import statistics
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +24,12 @@ def tiny_work() -> Workload:
 
 def test_a_run_writes_a_row_per_set_with_what_it_ran_on(tmp_path, capsys):
     path = tmp_path / "rows.json"
-    bench_train.main(bench_train.parse_args([*TINY, "--sets", "eager", "compile", "--rounds", "2", "--steps", "2",
+    bench_train.main(bench_train.parse_args([*TINY, "--sets", "eager", "compile", "--rounds", "2", "--steps", "1",
                                              "--rows", str(path)]))
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert list(rows) == ["train/d2/eager", "train/d2/compile"]
     for row in rows.values():
-        assert row["steps"] == 4 and row["tokens_per_step"] == 128 and row["micro_batch"] == 1
+        assert row["steps"] == 2 and row["tokens_per_step"] == 128 and row["micro_batch"] == 1
         assert row["tokens_per_s"] == pytest.approx(128 / row["median_s"])
         assert row["mfu"] is row["mfu_causal"] is row["peak_bytes"] is None  # a CPU has no peak to compare with
         assert set(row["ms"]) == {"forward", "backward", "optimizer"} and min(row["ms"].values()) > 0
@@ -143,6 +145,41 @@ def test_best_is_what_the_given_results_found_fastest(tmp_path, monkeypatch):
     bench_train.use_best_of(path, "cpu")
     work = tiny_work()
     assert Contender("best", work, "best", False).kernels.names["attention"] == "eager"
+
+
+def test_device_kernels_are_counted_once_and_annotated_ranges_not_at_all(monkeypatch):
+    events = [("_rms_norm_fwd_kernel", "CUDA", False, 3000.0), ("nvjet_128x256", "CUDA", False, 5000.0),
+              ("## Call CompiledFxGraph ##", "CUDA", True, 9000.0), ("aten::mm", "CPU", False, 7000.0)]
+    averages = [SimpleNamespace(key=key, device_type=getattr(torch.autograd.DeviceType, kind), is_user_annotation=user,
+                                self_device_time_total=us, self_cpu_time_total=1.0) for key, kind, user, us in events]
+    ran = []
+    monkeypatch.setattr(bench_train, "profile",
+                        lambda activities: nullcontext(SimpleNamespace(key_averages=lambda: averages)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("waited"))
+    groups = bench_train.kernel_groups(lambda: ran.append("ran"), torch.device("cuda"))
+    assert groups == {"matrix products": 5.0, "rms_norm": 3.0} and ran == ["ran", "waited"]
+
+
+def test_parts_of_a_step_on_a_gpu_come_from_events_without_waiting_in_between(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = len(log)
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, later):
+            return 10.0 * (later.at - self.at)  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    marks = bench_train.Marks(torch.device("cuda"))
+    for name in ("forward", "backward", "forward", "backward", "optimizer"):
+        marks(name)
+    assert marks.seconds() == {"forward": 0.02, "backward": 0.02, "optimizer": 0.01}
+    assert log == ["record"] * 6 + ["wait"]
 
 
 @pytest.mark.parametrize("kernel, group", [
