@@ -11,12 +11,11 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import tiktoken
 
 from nanochat.common import UserError
-
-if TYPE_CHECKING:
-    import tiktoken
 
 FOLDER = Path(__file__).resolve().parent.parent / ".venv" / "peers"
 
@@ -92,9 +91,6 @@ def tiktoken_text(ranks: dict[bytes, int]) -> bytes:
     return b"".join(lines)
 
 
-def encoding(name: str) -> "tiktoken.Encoding":
+def encoding(name: str) -> tiktoken.Encoding:
     """Return "GPT-2" or "GPT-4" as a tiktoken encoding of its mergeable ranks; UserError as `ranks` has it."""
-    found = ranks(name)
-    import tiktoken  # the comparisons alone need it
-
-    return tiktoken.Encoding(name, pat_str=VOCABULARIES[name].pattern, mergeable_ranks=found, special_tokens={})
+    return tiktoken.Encoding(name, pat_str=VOCABULARIES[name].pattern, mergeable_ranks=ranks(name), special_tokens={})

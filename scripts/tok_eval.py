@@ -5,16 +5,14 @@ this file, which no training data holds. Every text must come back exactly as it
 """
 
 import argparse
-from typing import TYPE_CHECKING
+
+import tiktoken
 
 from nanochat import peers
 from nanochat.common import UserError, base_dir, run_script
 from nanochat.dataset import iter_texts, open_dataset
 from nanochat.report import Report
 from nanochat.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import tiktoken
 
 NEWS = """\
 The harbour bridge will stay closed until Friday, the city said on Tuesday, after engineers found a crack in one of \
@@ -169,7 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_peers() -> tuple[dict[str, "tiktoken.Encoding | None"], list[str]]:
+def open_peers() -> tuple[dict[str, tiktoken.Encoding | None], list[str]]:
     """Return GPT-2 and GPT-4, None for one that is not there, and a sentence for each of those."""
     found, notes = {}, []
     for name in peers.VOCABULARIES:
@@ -190,7 +188,7 @@ def count(tokenizer: Tokenizer, domain: str, texts: list[str]) -> int:
     return len(ids)
 
 
-def count_peer(encoding: "tiktoken.Encoding", texts: list[str]) -> int | None:
+def count_peer(encoding: tiktoken.Encoding, texts: list[str]) -> int | None:
     """Return the tokens of `texts`, None when the peer cannot encode one: its regular expressions run out of stack on
     a million spaces. RuntimeError when a text does not come back."""
     total = 0
@@ -205,7 +203,7 @@ def count_peer(encoding: "tiktoken.Encoding", texts: list[str]) -> int | None:
     return total
 
 
-def measure(tokenizer: Tokenizer, others: dict[str, "tiktoken.Encoding | None"], domain: str, texts: list[str]) -> dict:
+def measure(tokenizer: Tokenizer, others: dict[str, tiktoken.Encoding | None], domain: str, texts: list[str]) -> dict:
     """Return one row: bytes per token of ours and of each peer, and by how much ours is better (+) or worse (-)."""
     n_bytes, tokens = sum(len(text.encode()) for text in texts), count(tokenizer, domain, texts)
     row = {"Text": domain, "Bytes": n_bytes, "Tokens": tokens, "Ours": round(n_bytes / tokens, 3)}

@@ -70,7 +70,7 @@ def import_faults(path, text):
     faults = [f"{path} imports relatively: {name}" for name in names if name.startswith(".")]
     faults += [f"{path} imports {root}" for root in roots & set(OURS) - MAY_IMPORT[package]]
     faults += [f"{path} imports {root}, which is for {home}" for root, home in ONLY_IN.items()
-               if root in roots and not path.startswith(home)]
+               if package in PRODUCT and root in roots and not path.startswith(home)]
     if package == "kernels":
         faults += [f"{path} imports {name}" for name in names if not kernel_edge_allowed(stem, name)]
     return faults
