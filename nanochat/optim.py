@@ -8,8 +8,14 @@ A step has three phases. 1: launch a reduce-scatter of every bank's gradients. 2
 update the owned slice, launch its all-gather. 3: wait for the gathers. Gradients are summed, not averaged: the caller
 scales its loss by 1 / (ranks * accumulation), or by 1 / global token count, which also makes W = 2 bit-equal to one
 process that accumulates the same two micro-batches.
+
+What changes from step to step (rates, momentum, bias corrections) is in 0-D tensors on the device: a compiled update
+is compiled once per shape, and nothing waits for the GPU.
 """
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from kernels import Kernels
+from kernels.newton_schulz import COEFFICIENTS
 from nanochat.gpt import GPT
 
 ADAM_BETAS = (0.8, 0.95)
@@ -64,21 +71,53 @@ class Bank:
         return self.data[rank * self.size:(rank + 1) * self.size]
 
 
+class PhaseTimer:
+    """Time between marks, summed per phase: by events on a GPU, where nothing waits before `milliseconds`."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple] = []  # (phase that ends here, event or seconds)
+
+    def start(self) -> None:
+        self.marks.clear()
+        self.mark("")
+
+    def mark(self, phase: str) -> None:
+        """End `phase`, which began at the mark before."""
+        now = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            now.record()
+        self.marks.append((phase, now))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Return phase -> milliseconds since `start`; on a GPU this waits for the last mark."""
+        if self.on_gpu and self.marks:
+            self.marks[-1][1].synchronize()
+        totals: dict[str, float] = {}
+        for (_, begin), (phase, end) in zip(self.marks, self.marks[1:], strict=False):
+            took = begin.elapsed_time(end) if self.on_gpu else 1e3 * (end - begin)
+            totals[phase] = totals.get(phase, 0.0) + took
+        return totals
+
+
 class MuonAdamW:
     """Optimizer of a GPT.
 
     Learning rates are nanochat's; those of AdamW are scaled by (C / 768)^-0.5. `lr_scale` multiplies all of them.
     Gradients accumulate in the banks until `zero_grad`; never set `param.grad = None`.
+    orthogonalization: Newton-Schulz coefficients, a key of kernels.newton_schulz.COEFFICIENTS.
+    compiled: run the updates through torch.compile.
+    timed: keep the last step's time by phase in `timer` (reduce, adamw, momentum, newton_schulz, update, gather); the
+    marks between a Muon update's phases keep it from being compiled.
     """
 
     def __init__(self, model: GPT, kernels: Kernels, *, matrix_lr: float = 0.02, embedding_lr: float = 0.2,
                  head_lr: float = 0.004, weight_decay: float = 0.0, lr_scale: float = 1.0, rank: int = 0,
-                 world_size: int = 1):
-        self.model, self.kernels, self.rank, self.world_size = model, kernels, rank, world_size
+                 world_size: int = 1, orthogonalization: str = "quintic", compiled: bool = False,
+                 timed: bool = False):
+        self.model, self.rank, self.world_size = model, rank, world_size
         self.weight_decay = weight_decay
         self.step_count = 0
-        # fp32 Newton-Schulz on CPU, bf16 on the tensor cores of a GPU
-        self.muon_dtype = torch.float32 if model.device.type == "cpu" else torch.bfloat16
         width_scale = (model.config.n_embd / 768) ** -0.5
         self.matrix_lr = matrix_lr * lr_scale
         self.adam = [
@@ -91,6 +130,24 @@ class MuonAdamW:
             names = ("momentum",) if bank.data.dim() == 3 else ("exp_avg", "exp_avg_sq")
             for name in names:
                 self.state[f"{bank.name}.{name}"] = torch.zeros_like(bank.owned(rank))
+        names = ("lr", "momentum", "decay", "debias1", "debias2", *(bank.name for bank, _ in self.adam))
+        self.scalars = {name: torch.zeros((), device=model.device) for name in names}  # a bank's name: its rate
+        self.timer = PhaseTimer(model.device) if timed else None
+        self.coefficients = COEFFICIENTS[orthogonalization]
+        self.use(kernels, compiled)
+
+    def use(self, kernels: Kernels, compiled: bool = False) -> None:
+        """Run the updates on these kernels from now on."""
+        self.kernels = kernels
+        newton_schulz = self._between(functools.partial(kernels.newton_schulz, coefficients=self.coefficients))
+        # fp32 Newton-Schulz on CPU, bf16 on the tensor cores of a GPU
+        dtype = torch.float32 if self.model.device.type == "cpu" else torch.bfloat16
+        self._update_adam = _adam_update
+        self._update_muon = functools.partial(kernels.muon_update, compute_dtype=dtype, newton_schulz=newton_schulz)
+        if compiled:
+            compile_whole = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+            self._update_adam = compile_whole(self._update_adam)
+            self._update_muon = self._update_muon if self.timer else compile_whole(self._update_muon)
 
     def banks(self) -> list[Bank]:
         """Return all banks, the largest messages first."""
@@ -117,36 +174,64 @@ class MuonAdamW:
     def step(self, lr_factor: float = 1.0, momentum: float = 0.95) -> None:
         """Update all parameters from the summed gradients; lr_factor is the schedule's, momentum is Muon's."""
         self.step_count += 1
+        self._set_scalars(lr_factor, momentum)
+        if self.timer:
+            self.timer.start()
         reduced = {bank.name: self._reduce_scatter(bank) for bank in self.banks()}
         gathers = []
-        for bank, lr in self.adam:
-            self._adam_step(bank, _wait(reduced[bank.name]), lr * lr_factor)
+        for bank, _ in self.adam:
+            grad = _wait(reduced[bank.name])
+            self._mark("reduce")
+            self._adam_step(bank, grad)
+            self._mark("adamw")
             gathers.append(self._all_gather(bank))
         for group in self.muon:
-            self._muon_step(group, [_wait(reduced[bank.name]) for bank in group], lr_factor, momentum)
+            grads = [_wait(reduced[bank.name]) for bank in group]
+            self._mark("reduce")
+            self._muon_step(group, grads)
+            self._mark("update")
             gathers += [self._all_gather(bank) for bank in group]
         for gather in gathers:
             _wait(gather)
+        self._mark("gather")
         self.model.quantize_weights()
+
+    def _set_scalars(self, lr_factor: float, momentum: float) -> None:
+        beta1, beta2 = ADAM_BETAS
+        values = {"lr": self.matrix_lr * lr_factor, "momentum": momentum, "decay": self.weight_decay,
+                  "debias1": 1 - beta1 ** self.step_count, "debias2": 1 - beta2 ** self.step_count,
+                  **{bank.name: lr * lr_factor for bank, lr in self.adam}}
+        for name, value in values.items():
+            self.scalars[name].fill_(value)
+
+    def _mark(self, phase: str) -> None:
+        if self.timer:
+            self.timer.mark(phase)
+
+    def _between(self, newton_schulz: Callable) -> Callable:
+        """Return newton_schulz, with marks around it when timed: what runs before it in muon_update is "momentum"."""
+        if not self.timer:
+            return newton_schulz
+
+        def timed(batch, norm=None):
+            self._mark("momentum")
+            result = newton_schulz(batch, norm=norm)
+            self._mark("newton_schulz")
+            return result
+
+        return timed
 
     # --- updates of the owned slice ---
 
-    def _adam_step(self, bank: Bank, grad: torch.Tensor, lr: float) -> None:
-        p = bank.owned(self.rank)
-        exp_avg, exp_avg_sq = self.state[f"{bank.name}.exp_avg"], self.state[f"{bank.name}.exp_avg_sq"]
-        beta1, beta2 = ADAM_BETAS
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-        debias1, debias2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
-        denominator = (exp_avg_sq / debias2).sqrt_().add_(ADAM_EPS)
-        p.mul_(1 - lr * self.weight_decay).addcdiv_(exp_avg, denominator, value=-lr / debias1)
+    def _adam_step(self, bank: Bank, grad: torch.Tensor) -> None:
+        s = self.scalars
+        self._update_adam(bank.owned(self.rank), grad, self.state[f"{bank.name}.exp_avg"],
+                          self.state[f"{bank.name}.exp_avg_sq"], s[bank.name], s["decay"], s["debias1"], s["debias2"])
 
-    def _muon_step(self, group: list[Bank], grads: list[torch.Tensor], lr_factor: float, momentum: float) -> None:
-        params = [bank.owned(self.rank) for bank in group]
-        buffers = [self.state[f"{bank.name}.momentum"] for bank in group]
-        lr, momentum, decay = (torch.tensor(x, dtype=torch.float32, device=params[0].device)
-                               for x in (self.matrix_lr * lr_factor, momentum, self.weight_decay))
-        self.kernels.muon_update(params, grads, buffers, lr, momentum, decay, self.muon_dtype)
+    def _muon_step(self, group: list[Bank], grads: list[torch.Tensor]) -> None:
+        s = self.scalars
+        self._update_muon([bank.owned(self.rank) for bank in group], grads,
+                          [self.state[f"{bank.name}.momentum"] for bank in group], s["lr"], s["momentum"], s["decay"])
 
     # --- communication; each returns (handle or None, result, what must stay alive until waited for) ---
 
@@ -162,6 +247,15 @@ class MuonAdamW:
             return None, bank.data, None
         mine = bank.owned(self.rank).clone()  # gloo does not promise that input may overlap output
         return dist.all_gather_into_tensor(bank.data, mine, async_op=True), bank.data, mine
+
+
+def _adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, debias1, debias2) -> None:
+    """AdamW in place on p and its moments, all of one shape; the others are 0-D tensors."""
+    beta1, beta2 = ADAM_BETAS
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+    denominator = (exp_avg_sq / debias2).sqrt_().add_(ADAM_EPS)
+    p.mul_(1 - lr * decay).sub_(exp_avg.div(denominator).mul_(lr / debias1))
 
 
 def _wait(pending) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 
 from kernels.device import device_name
+from kernels.newton_schulz import COEFFICIENTS
 from nanochat import flags
 from nanochat.common import Runtime, UserError, human_bytes, print0
 from nanochat.gpt import GPT, GPTConfig
@@ -28,6 +29,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, device_batch_size: in
     parser.add_argument("--device-batch-size", type=flags.positive_int, default=device_batch_size,
                         help="rows per rank and micro-batch")
     parser.add_argument("--matrix-lr", type=flags.rate, default=0.02, help="Muon's learning rate of the block matrices")
+    parser.add_argument("--orthogonalization", choices=COEFFICIENTS, default="quintic",
+                        help="Muon's Newton-Schulz coefficients")
     parser.add_argument("--embedding-lr", type=flags.rate, default=0.2, help="AdamW's, at width 768")
     parser.add_argument("--head-lr", type=flags.rate, default=0.004, help="AdamW's, at width 768")
     parser.add_argument("--weight-decay", type=flags.rate, default=0.0, help="decoupled, for every parameter")
@@ -83,12 +86,13 @@ def make_trainer(stage: str, model: GPT, tokenizer: Tokenizer, runtime: Runtime,
                  identity: dict, evaluate: Callable[[int], dict] | None = None) -> Trainer:
     """Put optimizer and trainer of a stage together; the checkpoint folder follows from the depth."""
     depth = model.config.n_layer
+    compiled = args.compile if args.compile is not None else runtime.device.type == "cuda"
     optimizer = MuonAdamW(model, model.kernels, matrix_lr=args.matrix_lr, embedding_lr=args.embedding_lr,
                           head_lr=args.head_lr, weight_decay=args.weight_decay, lr_scale=args.lr_scale,
-                          rank=runtime.rank, world_size=runtime.world_size)
+                          rank=runtime.rank, world_size=runtime.world_size, orthogonalization=args.orthogonalization,
+                          compiled=compiled)
     identity = {"model": asdict(model.config), "tokenizer": tokenizer.fingerprint, "n_steps": schedule.n_steps,
                 "seed": args.seed, **identity}
-    compiled = args.compile if args.compile is not None else runtime.device.type == "cuda"
     forward = torch.compile(model, dynamic=stage in ("sft", "rl")) if compiled else model
     wandb_run = start_wandb(args.wandb if runtime.is_main else None, stage, vars(args))
     print0(f"device: {device_name(runtime.device)}, ranks {runtime.world_size}, torch {torch.__version__}, "
