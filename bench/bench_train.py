@@ -79,7 +79,8 @@ class Contender:
         self.model.load_state_dict(base.state_dict(keep_vars=True), assign=True)
         self.model.cos, self.model.sin = base.cos, base.sin
         self.optimizer = copy.copy(work.optimizer)
-        self.optimizer.model, self.optimizer.kernels = self.model, self.kernels
+        self.optimizer.model = self.model
+        self.optimizer.use(self.kernels, compiled)
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.seconds, self.parts = [], defaultdict(list)
         self.peak, self.by_kernel = None, {}
