@@ -113,6 +113,13 @@ def test_a_backend_that_fails_parity_is_not_timed(seen):
     assert "kernels on" not in seen["wrong"]["said"]
 
 
+def test_docs_list_every_op_with_its_backends():
+    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8").split("\n## The ops\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    listed = {op.strip("`"): set(backends.split(", ")) for op, _, backends in rows}
+    assert listed == {op: set(BACKENDS[op]) - {"eager"} for op in OPS}
+
+
 # --- the harness ----------------------------------------------------------------------------------
 
 
