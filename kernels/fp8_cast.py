@@ -140,7 +140,8 @@ def _case(M: int, K: int, gradient: bool = False, transpose: bool = True, master
 OP = declare(Op(
     "fp8_cast",
     cases={"tiny": _case(16, 32), "odd_33_50": _case(33, 50, largest=1.75001),
-           "odd_gradient_7_65": _case(7, 65, gradient=True), "odd_rows_only_19_40": _case(19, 40, transpose=False), "d12_gradient": _case(65536, 3072, gradient=True),
+           "odd_gradient_7_65": _case(7, 65, gradient=True), "odd_rows_only_19_40": _case(19, 40, transpose=False),
+           "d12_gradient": _case(65536, 3072, gradient=True),
            "d20_activation": _case(65536, 1280), "d20_gradient": _case(65536, 5120, gradient=True),
            "d20_inference": _case(128, 1280, transpose=False), "d20_weight": _case(5120, 1280, master=True),
            "d26_gradient": _case(32768, 6656, gradient=True)},
