@@ -209,7 +209,8 @@ def test_sample_draws_from_the_softmax_of_the_top_k():
     logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).expand(20_000, -1)
     rows = torch.arange(20_000)
     full = torch.full((20_000,), 0.7)
-    ids, log_probs = sample_eager(logits, full, torch.full_like(rows, 2), rows, torch.zeros_like(rows))
+    everything = torch.ones(20_000), torch.zeros(20_000)  # top_p, min_p
+    ids, log_probs = sample_eager(logits, full, torch.full_like(rows, 2), *everything, rows, torch.zeros_like(rows))
     expected = torch.softmax(torch.tensor([2.0, 1.0]) / 0.7, 0)
     assert set(ids.tolist()) == {0, 1}
     assert (ids == 0).double().mean().item() == pytest.approx(expected[0].item(), abs=0.015)  # 4 sigma

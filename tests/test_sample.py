@@ -8,13 +8,14 @@ import torch
 from kernels.sample import _inverse_cdf, sample_eager, uniform
 
 
-def draw(logits, temperature=1.0, top_k=0, seed=0, position=0):
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
     """Broadcast plain numbers to one value per row."""
     def column(value, dtype):
         return torch.as_tensor(value, dtype=dtype).expand(len(logits)).contiguous()
 
     return sample_eager(logits, column(temperature, torch.float32), column(top_k, torch.int64),
-                        column(seed, torch.int64), column(position, torch.int64))
+                        column(top_p, torch.float32), column(min_p, torch.float32), column(seed, torch.int64),
+                        column(position, torch.int64))
 
 
 def splitmix(x):
@@ -55,6 +56,23 @@ def test_frequencies_are_the_distribution(temperature, top_k):
     assert ((got - want).abs() <= 4 * (want * (1 - want) / n).sqrt() + 1e-9).all()
 
 
+PROBABILITIES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+
+
+@pytest.mark.parametrize("options, kept", [
+    (dict(top_p=0.4), [0]), (dict(top_p=0.41), [0, 1]), (dict(top_p=0.7), [0, 1]), (dict(top_p=0.96), [0, 1, 2, 3, 4]),
+    (dict(top_p=1e-9), [0]), (dict(top_k=3, top_p=0.8), [0, 1]), (dict(min_p=0.3), [0, 1, 2]), (dict(min_p=0.9), [0]),
+    (dict(top_p=0.9, min_p=0.5), [0, 1]), (dict(temperature=0.0, top_p=0.5), [0]),
+])
+def test_top_p_and_min_p_keep_exactly_these(options, kept):
+    """top-p: the fewest that reach p, of what top-k left; min-p: at least that share of the largest."""
+    n = 4000
+    ids, log_probs = draw(PROBABILITIES.double().log().float().expand(n, 5), seed=torch.arange(n), **options)
+    assert sorted(set(ids.tolist())) == kept
+    if options.get("temperature") != 0:
+        torch.testing.assert_close(log_probs.exp(), PROBABILITIES[ids] / PROBABILITIES[kept].sum())
+
+
 def test_temperature_0_is_argmax_and_the_first_of_equals():
     ids, _ = draw(torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, -1.0, 5.0, 5.0]]), temperature=0.0, top_k=2)
     assert ids.tolist() == [1, 0]
@@ -80,10 +98,12 @@ def test_a_row_does_not_depend_on_the_others():
     logits = 3 * torch.randn(n, 301)
     temperature, top_k = (torch.arange(n) % 3) * 0.6, (torch.arange(n) % 5) * 7
     seed, position = torch.arange(n) * 31, torch.arange(n) + 5
-    ids, logprobs = sample_eager(logits, temperature, top_k, seed, position)
+    top_p, min_p = 1 - (torch.arange(n) % 4) * 0.2, (torch.arange(n) % 2) * 0.05
+    columns = (temperature, top_k, top_p, min_p, seed, position)
+    ids, logprobs = sample_eager(logits, *columns)
     for i in range(n):
         row = slice(i, i + 1)
-        alone = sample_eager(logits[row], temperature[row], top_k[row], seed[row], position[row])
+        alone = sample_eager(logits[row], *(column[row] for column in columns))
         assert alone[0] == ids[i]
         assert alone[1] == pytest.approx(logprobs[i].item(), abs=1e-6)
 

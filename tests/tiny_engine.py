@@ -105,7 +105,8 @@ def recomputed(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Samp
             with torch.inference_mode():
                 logits = model(torch.tensor([known]))[0]
         token, _ = model.kernels.sample(logits[None, len(ids) - 1], torch.tensor([float(params.temperature)]),
-                                        torch.tensor([params.top_k or 0]), seed, torch.tensor([len(ids)]))
+                                        torch.tensor([params.top_k or 0]), torch.tensor([params.top_p]),
+                                        torch.tensor([params.min_p]), seed, torch.tensor([len(ids)]))
         if token.item() in (tokenizer.bos_id, tokenizer.special_id("<|assistant_end|>")):
             return said, mask, "stop"
         ids.append(token.item())

@@ -38,8 +38,11 @@ def draw(logits: torch.Tensor, rows: list[Row], sample) -> tuple[list[int], list
     def on_device(values, dtype):
         return torch.tensor(values, dtype=dtype).to(logits.device)
 
-    ids, logprobs = sample(logits, on_device([row.request.params.temperature for row in rows], torch.float32),
-                           on_device([row.request.params.top_k or 0 for row in rows], torch.int64),
+    params = [row.request.params for row in rows]
+    ids, logprobs = sample(logits, on_device([p.temperature for p in params], torch.float32),
+                           on_device([p.top_k or 0 for p in params], torch.int64),
+                           on_device([p.top_p for p in params], torch.float32),
+                           on_device([p.min_p for p in params], torch.float32),
                            on_device([row.seed for row in rows], torch.int64),
                            on_device([len(row.tokens) for row in rows], torch.int64))
     return ids.tolist(), logprobs.tolist()

@@ -14,8 +14,9 @@ MAX_SEED = 2**63 - 1
 class SamplingParams:
     """How to continue one prompt.
 
-    max_tokens counts every token of the completion, forced ones included. temperature 0 is greedy; top_k None keeps
-    all. Sample i of n draws from (seed, i, position) alone. Raises UserError for a value outside its range.
+    max_tokens counts every token of the completion, forced ones included. temperature 0 is greedy. Of the rest top_k
+    keeps the k likeliest (None all), top_p the fewest that reach that probability, min_p those with that share of the
+    likeliest one's. Sample i of n draws from (seed, i, position) alone. Raises UserError for a value outside its range.
     """
 
     max_tokens: int = 256
@@ -23,6 +24,8 @@ class SamplingParams:
     top_k: int | None = None
     seed: int = 0
     n: int = 1
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
         if self.max_tokens < 0:
@@ -31,6 +34,10 @@ class SamplingParams:
             raise UserError(f"temperature must be a finite number of at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, or None for all, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p must be at least 0 and below 1, got {self.min_p}")
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.n < 1:
