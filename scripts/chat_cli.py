@@ -25,6 +25,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_checkpoint_flags(parser)
     parser.add_argument("--temperature", type=float, default=0.6, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest tokens, 0: among all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the fewest that reach this probability")
+    parser.add_argument("--min-p", type=float, default=0.0, help="draw among those with this share of the likeliest's")
     parser.add_argument("--max-tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same conversation, same answers")
     parser.add_argument("--tools", default="calculator", choices=["calculator", "off"],
@@ -36,7 +38,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    params = SamplingParams(args.max_tokens, args.temperature, args.top_k or None, args.seed)
+    params = SamplingParams(args.max_tokens, args.temperature, args.top_k or None, args.seed, top_p=args.top_p,
+                            min_p=args.min_p)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         stage = newest_stage(args.depth) if args.stage == "auto" else args.stage
         model, tokenizer, state = load_model(stage, device=args.device, kernels=args.kernels, dtype=args.dtype,
