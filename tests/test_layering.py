@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("kernels", "nanochat", "scripts")
 OURS = (*PRODUCT, "bench", "tests")
 MAX_LINES_PER_FILE = 500
-MAX_LINES = 12_000
+# of Python, Rust and shell: an addition that passes one of these must make room first
+MAX_LINES = {"kernels": 4_500, "nanochat": 8_000, "scripts": 2_000, "rustbpe": 4_200, "bench": 2_500}
 
 TOP_LEVEL = {
     ".ci", ".gitignore", "LICENSE", "README.md", "bench", "docs", "kernels", "nanochat", "pyproject.toml", "rustbpe",
@@ -148,7 +149,8 @@ def test_test_folders_are_not_packages():
 def test_files_stay_small():
     lengths = {path: read(path).count("\n") for path in tracked() if path.endswith((".py", ".rs", ".sh"))}
     assert not {path: n for path, n in lengths.items() if path.endswith(".py") and n > MAX_LINES_PER_FILE}
-    assert sum(n for path, n in lengths.items() if not path.startswith("tests/")) < MAX_LINES
+    for part, limit in MAX_LINES.items():
+        assert sum(n for path, n in lengths.items() if path.startswith(f"{part}/")) < limit, part
 
 
 def test_no_lock_files_of_other_tools_and_no_registry_addresses():
