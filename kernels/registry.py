@@ -160,7 +160,10 @@ def _unmet(need: str, device: torch.device) -> str | None:
         if have is None:
             return f"needs {need}+, this is {device.type}"
         return None if have >= int(need[2:]) else f"needs {need}+, this is sm{have}"
-    found = importlib.util.find_spec(need) is not None
+    try:
+        found = importlib.util.find_spec(need) is not None
+    except ImportError:  # need is package.module: the package is missing or broken
+        found = False
     return None if found else f"package {need} is not importable"
 
 

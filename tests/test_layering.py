@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "bench": {"bench", "scripts", "nanochat", "kernels"},
 }
 
-# the one edge between op files: training and decode share the rotation and norm, so that they cannot drift apart
-OP_EDGES = {(op, "kernels.qk_norm_rope") for op in ("attention", "paged_attention", "paged_append")}
+# between op files: training and decode share the rotation and norm, so that they cannot drift apart; and attention's
+# own kernels have a file to themselves
+OP_EDGES = {(op, "kernels.qk_norm_rope") for op in ("attention", "flash", "paged_attention", "paged_append")}
+OP_EDGES |= {("attention", "kernels.flash")}
 
 # package -> the only place of the product that may import it
 ONLY_IN = {"rustbpe": "nanochat/tokenizer.py", "fastapi": "nanochat/server/"}
