@@ -127,7 +127,7 @@ class Trainer:
                  wandb_run=None):
         self.stage, self.folder, self.model, self.optimizer = stage, folder, model, optimizer
         self.runtime, self.schedule, self.identity, self.args = runtime, schedule, identity, args
-        self.fingerprint, self.forward = fingerprint, forward or model
+        self.fingerprint, self.forward = fingerprint, model if forward is None else forward  # compiled: no truth value
         self.evaluate, self.eval_every, self.save_every = evaluate, eval_every, save_every
         self.wandb_run = wandb_run
         self.progress = Progress()
