@@ -8,6 +8,7 @@ import unicodedata
 
 import pyarrow
 import pytest
+import regex
 import rustbpe
 import tiktoken
 import tokenizers
@@ -100,6 +101,20 @@ def tiktokenizer(tokenizer):
 @pytest.fixture(scope="module")
 def huggingface(tokenizer):
     return tokenizers.Tokenizer.from_str(tokenizer.to_huggingface())
+
+
+# --- the regex module -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [rustbpe.PATTERN, rustbpe.GPT4_PATTERN], ids=["nanochat", "GPT-4"])
+def test_twenty_thousand_random_strings_are_split_like_the_regex_module_splits_them(pattern):
+    rng, expected = random.Random(11), regex.compile(pattern)
+    # assigned in this Python, whose tables are never newer than ours; surrogates are no text
+    assigned = [char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs", "Co")]
+    for index in range(20_000):
+        hostile, anything = rng.choices(ADVERSARIAL, k=rng.randrange(20)), rng.choices(assigned, k=rng.randrange(20))
+        text = "".join(rng.sample(hostile + anything, len(hostile + anything)))
+        assert rustbpe.split(text, pattern) == expected.findall(text), f"string {index}: {text!a}"
 
 
 # --- rustbpe 0.1.0 ----------------------------------------------------------------------------------
