@@ -30,7 +30,7 @@ from kernels.device import peak
 from nanochat.common import UserError, human_bytes, pick_device, run_script
 from nanochat.flags import positive_int
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, PhaseTimer
 
 # name -> (--kernels, torch.compile). Eager attention would keep 8 GB of scores per layer at d20, so torch's fused one
 # stands in for it; `compile` is then what nanochat ran in November 2025, and what the others have to beat.
@@ -81,9 +81,9 @@ class Contender:
         self.optimizer = copy.copy(work.optimizer)
         self.optimizer.model = self.model
         self.optimizer.use(self.kernels, compiled)
-        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.forward = compile_model(self.model) if compiled else self.model
         self.seconds, self.parts = [], defaultdict(list)
-        self.peak, self.by_kernel = None, {}
+        self.peak, self.by_kernel, self.by_phase, self.graph_breaks = None, {}, {}, None
 
     def forward_backward(self, mark: Callable[[str], None]) -> None:
         for rows in self.work.tokens.split(self.micro_batch):
@@ -98,7 +98,7 @@ class Contender:
         mark("optimizer")
 
     def warm(self) -> None:
-        """Run two steps, which compiles; halve the micro-batch until they fit the memory."""
+        """Run two steps, which compiles, halving the micro-batch until they fit the memory; then look inside."""
         while True:
             try:
                 for _ in range(2):
@@ -110,60 +110,56 @@ class Contender:
             self.micro_batch //= 2
             self.optimizer.zero_grad()
             harness.free_memory()
-        self.seconds.clear()
-        self.parts.clear()
+        if self.compiled:
+            self.graph_breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        self.look_inside()
 
     def step(self) -> None:
         """Run and time one step."""
-        marks = Marks(self.work.device)
-        self.forward_backward(marks)
-        self.update(marks)
-        parts = marks.seconds()
-        self.seconds.append(sum(parts.values()))
-        for name, seconds in parts.items():
-            self.parts[name].append(seconds)
+        timer = PhaseTimer(self.work.device)
+        timer.start()
+        self.forward_backward(timer.mark)
+        self.update(timer.mark)
+        parts = timer.milliseconds()
+        self.seconds.append(sum(parts.values()) / 1e3)
+        for name, ms in parts.items():
+            self.parts[name].append(ms)
 
-    def measure_memory_and_kernels(self) -> None:
+    def look_inside(self) -> None:
+        """Measure what needs steps of its own: peak memory, time by kernel, the optimizer's phases."""
         device = self.work.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.step()
-            self.seconds.pop()
             self.peak = torch.cuda.max_memory_allocated(device)
         quiet = lambda name: None  # noqa: E731
         for part, run in (("model", self.forward_backward), ("optimizer", self.update)):
             self.by_kernel[part] = kernel_groups(lambda run=run: run(quiet), device)
+        timed = copy.copy(self.optimizer)
+        timed.timer = PhaseTimer(device)
+        timed.use(self.kernels)
+        for _ in range(2):  # the timer keeps the second
+            self.forward_backward(quiet)
+            timed.step(LR_FACTOR)
+            timed.zero_grad()
+        self.by_phase = timed.timer.milliseconds()
+        self.seconds.clear()
+        self.parts.clear()
+
+
+def compile_model(model: GPT) -> Callable:
+    """Compile as training does. The sets share forward's code, and past its limit dynamo would silently run eagerly."""
+    import torch._dynamo
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(model, dynamic=False)
 
 
 def _kernels(text: str, config: GPTConfig, device: torch.device, dtype: torch.dtype):
     return resolve(KernelConfig.parse(text), device, dtype, config.shapes())
 
 
-# --- time -----------------------------------------------------------------------------------------
-
-
-class Marks:
-    """Splits a step's time: calling it with a name ends that part. Device events on a GPU, without waiting for it."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks = []
-        self("start")
-
-    def __call__(self, name: str) -> None:
-        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
-        if self.cuda:
-            now.record()
-        self.marks.append((name, now))
-
-    def seconds(self) -> dict[str, float]:
-        """Return seconds per part, parts of the same name summed."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        parts = defaultdict(float)
-        for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
-            parts[name] += before.elapsed_time(after) / 1e3 if self.cuda else after - before
-        return dict(parts)
+# --- time by kernel -------------------------------------------------------------------------------
 
 
 GROUPS = (  # of kernels that are not ours, by name; the first that matches
@@ -184,7 +180,8 @@ def kernel_groups(run: Callable[[], None], device: torch.device) -> dict[str, fl
     found, ours = defaultdict(float), our_kernels()
     for event in profiler.key_averages():
         # Ranges that inductor annotates appear on the GPU's line too, beside the kernels that they contain.
-        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda and not event.is_user_annotation:
+        annotated = getattr(event, "is_user_annotation", False)
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda and not annotated:
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
             found[_group(event.key, ours)] += spent / 1e3
     return {name: ms for name, ms in sorted(found.items(), key=lambda item: -item[1]) if ms}
@@ -227,12 +224,13 @@ def train_row(contender: Contender, contenders: list[Contender], steps: int) -> 
     return {
         "key": f"train/d{config.n_layer}/{contender.name}", "set": contender.name, "depth": config.n_layer,
         "tokens_per_step": work.n_tokens, "micro_batch": contender.micro_batch, "context": config.sequence_len,
-        "compiled": contender.compiled, "kernels": dict(contender.kernels.names),
+        "compiled": contender.compiled, "graph_breaks": contender.graph_breaks,
+        "kernels": dict(contender.kernels.names),
         "median_s": median, "mad_s": mad, "steps": len(contender.seconds), "tokens_per_s": speed,
         **{name: rate and 100 * count * speed / rate for name, count in flops.items()}, "peak_flops": rate,
         "vs_compile": base and paired_ratio(base.seconds, contender.seconds, steps), "peak_bytes": contender.peak,
-        "ms": {name: 1e3 * statistics.median(s) for name, s in contender.parts.items()},
-        "kernel_ms": contender.by_kernel,
+        "ms": {name: statistics.median(ms) for name, ms in contender.parts.items()},
+        "kernel_ms": contender.by_kernel, "optimizer_ms": contender.by_phase,
     }
 
 
@@ -325,7 +323,6 @@ def enter(name: str, work: Workload, args: argparse.Namespace, rows: results.Res
     try:
         contender = Contender(name, work, text, compiled and args.compile)
         contender.warm()
-        contender.measure_memory_and_kernels()
     except Exception as error:  # of any kind, from a compiler or a GPU: the other sets keep their rows
         why = f"d{work.model.config.n_layer} {name} was left out: {type(error).__name__}: {str(error)[:500]}"
         print(why, flush=True)
@@ -352,7 +349,6 @@ def bench_train_step(shared_work, kernel_set, benchmark, keep):
     except KernelUnavailable as error:
         pytest.skip(str(error))
     contender.warm()
-    contender.measure_memory_and_kernels()
 
     def timed(_) -> float:
         contender.step()

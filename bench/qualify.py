@@ -44,8 +44,8 @@ def plan(path: Path) -> list[Stage]:
     parity = [*pytest, "-m", "gpu", "tests/test_kernels_gpu.py", "-k", "exact or repeats"]
 
     def op_rows(op: str) -> Stage:
-        return Stage(f"op {op}", [*pytest, "bench/bench_kernels.py", "--op", op, "--size", "d20", "--rows", str(path)],
-                     20)
+        return Stage(f"op {op}", [*pytest, "bench/bench_kernels.py", "-k", "not window", "--op", op, "--size", "d20",
+                                  "--rows", str(path)], 20)
 
     def train(depth: int, needs_s: float) -> Stage:
         return Stage(f"train d{depth}", [
@@ -93,6 +93,7 @@ def run_process(command: list[str], limit: float) -> int | None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=positive_float, default=10.0, help="the budget for everything")
+    parser.add_argument("--only", action="append", choices=("parity", "op", "train"), help="these stages only")
     return parser.parse_args(argv)
 
 
@@ -109,7 +110,8 @@ def main(args: argparse.Namespace) -> None:
         results.Results(path, environment).note(text)  # read again: the stages write the same file
 
     results.Results(path, environment).save()
-    good = run_stages(plan(path), 60 * args.minutes, note, run_process)
+    stages = [stage for stage in plan(path) if not args.only or stage.name.split()[0] in args.only]
+    good = run_stages(stages, 60 * args.minutes, note, run_process)
     print(f"\n{summary(results.load(path))}\n\nrows: {path}\n"
           f"to keep them: python -m bench.compare {path} --accept (baseline, best.json and README's table)")
     if not good:

@@ -185,6 +185,25 @@ def test_parity_halves_the_batch_until_the_reference_fits(monkeypatch):
     assert fault == "the fp64 reference does not fit this GPU's memory"
 
 
+def test_compile_is_the_eager_reference_under_torch_compile(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda fn: compiled.append(fn) or fn)
+    call = harness.Call(harness.Bench("attention", "compile", "tiny", False), CPU)
+    assert compiled == [call.fn] and call.kernels == {"attention": "eager"}
+    eager = harness.Call(harness.Bench("attention", "eager", "tiny", False), CPU)
+    assert len(compiled) == 1 and torch.equal(call._outputs()[0], eager._outputs()[0])
+
+
+def test_ratios_say_how_many_times_faster_and_the_spread_is_from_p20_to_p80():
+    rows = {key: {"key": key, "provider": key.split("/")[2], "median_s": seconds} for key, seconds in (
+        ("kernel/relu2/eager/d20/forward", 4.0), ("kernel/relu2/compile/d20/forward", 2.0),
+        ("kernel/relu2/triton/d20/forward", 1.0), ("kernel/relu2/triton/d12/forward", 1.0))}
+    assert harness.against(rows["kernel/relu2/triton/d20/forward"], rows) == {"vs_eager": 4.0, "vs_compile": 2.0}
+    assert harness.against(rows["kernel/relu2/triton/d12/forward"], rows) == {"vs_eager": None, "vs_compile": None}
+    assert harness.quantiles([float(n) for n in range(11)]) == (2.0, 8.0) and harness.quantiles([3.0]) == (3.0, 3.0)
+    assert harness.median_and_mad([1.0, 2.0, 4.0, 8.0, 16.0]) == (4.0, 3.0)
+
+
 def test_the_clock_moves_by_device_time_only():
     clock = harness.Clock()
     clock.timed(lambda call: 0.25, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, results
+from bench import compare, qualify, results
 from bench.qualify import Stage, plan, run_process, run_stages
 from kernels import KernelConfig, KernelUnavailable, resolve
 from nanochat.common import UserError
@@ -230,6 +230,32 @@ def test_the_plan_is_parity_then_six_ops_then_d12_and_d20(tmp_path):
     for stage in stages[1:]:
         assert str(tmp_path / "rows.json") in stage.command
     assert [command[command.index("--depth") + 1] for command in (s.command for s in stages[-2:])] == ["12", "20"]
+
+
+def test_qualify_keeps_rows_and_says_what_failed(tmp_path, monkeypatch, capsys):
+    """The whole program but for the GPU and the stages' own work."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.harness.environment", lambda device: H200)
+    (tmp_path / "qualify.json").write_text("an earlier run's", encoding="utf-8")
+    ran = []
+
+    def run(command, limit):
+        path = Path(command[command.index("--rows") + 1])
+        ran.append((path, command, limit))
+        results.Results(path, H200).add(kernel_row("relu2", "eager", len(ran)))
+        return 0 if len(ran) == 1 else 1
+
+    monkeypatch.setattr(qualify, "run_process", run)
+    with pytest.raises(SystemExit) as stop:
+        qualify.main(qualify.parse_args(["--minutes", "3", "--only", "train"]))
+    assert stop.value.code == 1 and [command[command.index("--depth") + 1] for _, command, _ in ran] == ["12", "20"]
+    assert ran[0][0].parent == tmp_path and ran[0][0].name.startswith("nvidia-h200-2") and 170 < ran[0][2] <= 180
+    found = results.load(ran[0][0])
+    assert found["rows"]["kernel/relu2/eager/d20/forward+backward"]["median_s"] == 2e-3
+    assert found["notes"] == ["failed: train d20 (exit code 1)"]
+    assert (tmp_path / "qualify.json").read_text(encoding="utf-8") == "an earlier run's"
+    assert "NVIDIA H200, driver 580, torch 2.11, triton 3.6, commit abc, with changes" in capsys.readouterr().out
 
 
 def test_a_stage_that_overruns_is_ended(capfd):
