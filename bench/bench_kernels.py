@@ -96,10 +96,10 @@ def format_compiled(rows: list[dict]) -> str:
         kernels.setdefault((row["op"], row["kernel"], row["sm"]), []).append(row)
     lines = ["registers and spilled bytes per thread, shared bytes per block: the worst over all sizes",
              f"{'kernel':<34} {'sm':>3} {'sizes':>5} {'regs':>4} {'spill':>5} {'shared':>7} {'wgmma':>5} {'tma':>4} "
-             f"{'16B':>4}"]
-    for (_, kernel, sm), rows in kernels.items():
+             f"{'16B':>4}  op"]
+    for (op, kernel, sm), rows in kernels.items():
         most = {name: max(row[name] for row in rows) for name in ("registers", "spilled_bytes", "shared_bytes")}
         least = {name: min(row[name] for row in rows) for name in ("wgmma", "tma", "loads_16_bytes")}
         lines.append(f"{kernel:<34} {sm:>3} {len(rows):>5} {most['registers']:>4} {most['spilled_bytes']:>5} "
-                     f"{most['shared_bytes']:>7} {least['wgmma']:>5} {least['tma']:>4} {least['loads_16_bytes']:>4}")
+                     f"{most['shared_bytes']:>7} {least['wgmma']:>5} {least['tma']:>4} {least['loads_16_bytes']:>4}  {op}")
     return "\n".join(lines)

@@ -167,6 +167,14 @@ def test_percent_of_roof_is_of_the_nearer_one_and_nothing_for_an_unknown_gpu(mon
     assert (row["roof"], row["percent_of_roof"]) == (roof, percent and pytest.approx(percent))
 
 
+def test_fp8_is_held_against_the_fp8_peak(monkeypatch):
+    monkeypatch.setattr(harness, "peak", lambda device, what: {"bf16": 1e9, "fp8": 2e9, "memory": 1e15}[what])
+    call = harness.Call(harness.Bench("linear", "eager", "tiny", False), CPU)
+    percents = [harness.figures(harness.Bench("linear", provider, "tiny", False), call, [1e-4], CPU)["percent_of_roof"]
+                for provider in ("eager", "fp8")]
+    assert percents == [pytest.approx(100 * 2 * 16 * 64 * 32 / 1e9 / 1e-4), pytest.approx(percents[0] / 2)]
+
+
 def test_parity_halves_the_batch_until_the_reference_fits(monkeypatch):
     sizes = []
 
