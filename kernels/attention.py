@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.flash import HEAD_DIMS, flash_fwd
-from kernels.qk_norm_rope import check_rotary, qk_norm_rope_eager, rotary_table
+from kernels.flash import DTYPES, attention_triton, head_dim_rule
+from kernels.qk_norm_rope import qk_norm_rope_eager, rotary_table
 from kernels.registry import KernelError, Op, declare, register
 
 # B batch, T tokens, H query heads, K kv heads, D head dim
@@ -42,29 +42,7 @@ def attention_eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torc
 
 # Ranks: on an H100 flash-attn 3 and cuDNN beat Triton, and Triton beats flash-attn 2, which is what sdpa runs
 # (reports of others, bf16, D = 128). Not measured here yet.
-
-
-def _head_dim_rule(shapes) -> str | None:
-    D = shapes["head_dim"]
-    return None if D in HEAD_DIMS else f"head_dim must be one of {HEAD_DIMS}, got {D}"
-
-
-@register("attention", "triton", needs=("triton",), check=_head_dim_rule, rank=40,
-          dtypes=(torch.float32, torch.bfloat16))
-def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                     window: int = -1) -> torch.Tensor:
-    """Our kernels; q, k, v of any strides, free of copies where D is contiguous. Its pre-kernel is its own."""
-    check_rotary("attention", q, k, cos, sin)
-    H, D = q.shape[-2:]
-    given = f"(q is {tuple(q.shape)}, {q.dtype})"
-    if D not in HEAD_DIMS:
-        raise KernelError(f"attention[triton]: head dim must be one of {HEAD_DIMS}, got {D} {given}")
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        raise KernelError(f"attention[triton]: dtype must be float32 or bfloat16, got {q.dtype} {given}")
-    if v.shape != k.shape or v.dtype != q.dtype or H % k.size(-2):
-        raise KernelError(f"attention[triton]: v must be as k, with a divisor of {H} heads, got {tuple(v.shape)}, "
-                          f"{v.dtype} and k {tuple(k.shape)} {given}")
-    return flash_fwd(q, k, v, cos, sin, window)[0]
+register("attention", "triton", needs=("triton",), check=head_dim_rule, rank=40, dtypes=DTYPES)(attention_triton)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -21,15 +21,16 @@ import math
 import torch
 
 from kernels.device import pick_tile, tl, triton
-from kernels.qk_norm_rope import norm_rope_grad, qk_norm_rope_fwd
-from kernels.registry import custom_op
+from kernels.qk_norm_rope import check_rotary, norm_rope_grad, qk_norm_rope_fwd
+from kernels.registry import KernelError, custom_op
 
 # B batch, T tokens, H query heads, K kv heads, D head dim; BM queries and BN keys of a block
 
 HEAD_DIMS = (64, 128)
+DTYPES = (torch.float32, torch.bfloat16)
 
-# keyed (sm, D == 64); not tuned on a GPU yet, the largest of a few that spill nothing. fwd and dq own BM queries and need
-# BM % BN == 0, dkdv owns BN keys and needs BN % BM == 0: then the bands begin at whole blocks. The entries of sm80 fit
+# keyed (sm, D == 64); not tuned on a GPU yet, the largest of a few that spill nothing. fwd and dq own BM queries, with
+# BM % BN == 0, dkdv owns BN keys, with BN % BM == 0: then the bands begin at whole blocks. The entries of sm80 fit
 # the 99 KiB of sm86 and sm89. The interpreter takes both ways to load.
 _SMALL = dict(fwd=dict(BM=32, BN=16), dq=dict(BM=32, BN=16), dkdv=dict(BM=16, BN=32))
 TILES = {
@@ -284,10 +285,10 @@ def _flash_dkdv_kernel(q_src, k_src, v_src, dy_src, k_ptr, lse_ptr, delta_ptr, r
 
 
 def _tile(kernel: str, q: torch.Tensor) -> dict:
-    """Return the blocks of one kernel; fp32 halves them and has no pipeline, since it takes twice the bytes."""
-    tile = dict(pick_tile(TILES, q.device, q.size(-1) == 64)[kernel])
+    """Return the blocks of one kernel; fp32 on a GPU has no tensor cores and takes small ones, to compare with."""
+    tile = pick_tile(TILES, q.device, q.size(-1) == 64)[kernel]
     if "num_warps" in tile and q.dtype == torch.float32:
-        tile |= dict(BM=tile["BM"] // 2, BN=tile["BN"] // 2, num_stages=1)
+        return dict(BM=32, BN=32, num_warps=8, num_stages=1, TMA=False)
     return tile
 
 
@@ -330,7 +331,7 @@ def _fake_fwd(q, k, v, cos, sin, window):
 
 
 @custom_op("attention_fwd", fake=_fake_fwd)
-def flash_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, window: int
+def _flash_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, window: int
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y (B, T, H, D), log2 of the sums (B, H, T), zq, zk and their 1 / rms, for raw q, k, v of any strides."""
     y, lse, zq, zk, rq, rk = _fake_fwd(q, k, v, cos, sin, window)
@@ -368,4 +369,24 @@ def _backward(ctx, dy, *_):
     return *_flash_bwd(dy, *ctx.saved_tensors, ctx.window), None, None, None
 
 
-flash_fwd.register_autograd(_backward, setup_context=_save)
+_flash_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def head_dim_rule(shapes) -> str | None:
+    D = shapes["head_dim"]
+    return None if D in HEAD_DIMS else f"head_dim must be one of {HEAD_DIMS}, got {D}"
+
+
+def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                     window: int = -1) -> torch.Tensor:
+    """Our kernels; q, k, v of any strides, free of copies where D is contiguous. The pre-kernel is always our own."""
+    check_rotary("attention", q, k, cos, sin)
+    (H, D), given = q.shape[-2:], f"(q is {tuple(q.shape)}, {q.dtype})"
+    if D not in HEAD_DIMS:
+        raise KernelError(f"attention[triton]: head dim must be one of {HEAD_DIMS}, got {D} {given}")
+    if q.dtype not in DTYPES:
+        raise KernelError(f"attention[triton]: dtype must be float32 or bfloat16, got {q.dtype} {given}")
+    if v.shape != k.shape or v.dtype != q.dtype or H % k.size(-2):
+        raise KernelError(f"attention[triton]: v must be as k, of a divisor of {H} heads, got {tuple(v.shape)}, "
+                          f"{v.dtype} for k {tuple(k.shape)} {given}")
+    return _flash_fwd(q, k, v, cos, sin, window)[0]
