@@ -40,7 +40,7 @@ def import_with(file: str, source: str, folder: Path) -> None:
         del sys.modules[name]
     changed = folder / Path(file).name  # a real file: Triton reads the source of what it decorates
     changed.write_text(source, encoding="utf-8")
-    for name in names:
+    for name in sorted(names, key=lambda n: n != f"kernels.{Path(file).stem}"):  # the changed one first: others use it
         if name not in sys.modules:  # not yet imported by another op file
             path = changed if name == f"kernels.{Path(file).stem}" else ROOT / (name.replace(".", "/") + ".py")
             spec = importlib.util.spec_from_file_location(name, path)
