@@ -101,5 +101,6 @@ def format_compiled(rows: list[dict]) -> str:
         most = {name: max(row[name] for row in rows) for name in ("registers", "spilled_bytes", "shared_bytes")}
         least = {name: min(row[name] for row in rows) for name in ("wgmma", "tma", "loads_16_bytes")}
         lines.append(f"{kernel:<34} {sm:>3} {len(rows):>5} {most['registers']:>4} {most['spilled_bytes']:>5} "
-                     f"{most['shared_bytes']:>7} {least['wgmma']:>5} {least['tma']:>4} {least['loads_16_bytes']:>4}  {op}")
+                     f"{most['shared_bytes']:>7} {least['wgmma']:>5} {least['tma']:>4} "
+                     f"{least['loads_16_bytes']:>4}  {op}")
     return "\n".join(lines)

@@ -144,7 +144,7 @@ class Call:
         with device:  # a generator on the GPU draws 800M numbers in milliseconds
             generator = torch.Generator(device).manual_seed(0)
             self.inputs = self.op.make_inputs(self.op.cases[bench.case], dtype, device, generator)
-            self.cotangents = self._cotangents() if bench.backward else []
+        self.cotangents = self._cotangents() if bench.backward else []
 
     def _outputs(self) -> list[torch.Tensor]:
         result = self.fn(**self.inputs)
