@@ -15,8 +15,13 @@ PATTERN = regex.compile(
 )
 
 
-def split(text):
-    return PATTERN.findall(text)
+def split(text, pattern=PATTERN):
+    """Return the matches, and what lies between them."""
+    out, at = [], 0
+    for match in pattern.finditer(text):
+        out += [text[at:match.start()], match.group()]
+        at = match.end()
+    return [piece for piece in [*out, text[at:]] if piece]
 
 
 def merge(ids, pair, new):
@@ -32,9 +37,9 @@ def merge(ids, pair, new):
     return out
 
 
-def train(texts, n_merges):
+def train(texts, n_merges, pattern=PATTERN):
     """Return the merges; everything is counted again for each. Ties: left id ascending, then right id."""
-    pieces = Counter(piece for text in texts for piece in split(text))
+    pieces = Counter(piece for text in texts for piece in split(text, pattern))
     words = [(list(piece.encode()), count) for piece, count in pieces.items()]
     merges = []
     while len(merges) < n_merges:
@@ -50,11 +55,11 @@ def train(texts, n_merges):
     return merges
 
 
-def encode(text, merges):
+def encode(text, merges, pattern=PATTERN):
     """Return ids: within each piece the merges are applied in the order learned."""
     ranks = {pair: 256 + index for index, pair in enumerate(merges)}
     out = []
-    for piece in split(text):
+    for piece in split(text, pattern):
         ids = list(piece.encode())
         while known := [ranks[pair] for pair in zip(ids, ids[1:], strict=False) if pair in ranks]:
             ids = merge(ids, merges[min(known) - 256], min(known))

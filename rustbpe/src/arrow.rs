@@ -86,7 +86,7 @@ impl<T: Releasable> Owned<T> {
         let mut owned = Self::empty();
         // SAFETY: a capsule of this name holds a valid struct, and we hold the interpreter's lock, so nobody else
         // takes it at the same time; swapping leaves it a released one, which is how the interface moves a struct
-        unsafe { std::mem::swap(&mut *owned.0, &mut *pointer.as_ptr()) };
+        unsafe { std::ptr::swap(&mut *owned.0, pointer.as_ptr()) };
         match owned.0.release() {
             Some(_) => Ok(owned),
             None => Err(PyValueError::new_err("an Arrow capsule must be used once, this one is used up")),
@@ -156,7 +156,9 @@ impl Strings {
             return Ok(Vec::new());
         }
         if array.n_buffers < 3 || array.buffers.is_null() || array.offset < 0 {
-            return Err(PyValueError::new_err("an Arrow string array must have its buffers, this one has not"));
+            return Err(PyValueError::new_err(
+                "an Arrow string array must have its buffers, this one has not",
+            ));
         }
         // SAFETY: the interface makes `buffers` that many pointers
         let buffers = unsafe { slice::from_raw_parts(array.buffers, array.n_buffers as usize) };
@@ -174,12 +176,12 @@ impl Strings {
         // SAFETY: the interface gives the offsets one element more than there are rows, the views one for each
         let place = unsafe {
             match self.layout {
-                Layout::Utf8 => {
-                    span(buffers[2], element::<i32>(buffers[1], at).into(), element::<i32>(buffers[1], at + 1).into())
-                }
-                Layout::LargeUtf8 => {
-                    span(buffers[2], element(buffers[1], at), element(buffers[1], at + 1))
-                }
+                Layout::Utf8 => span(
+                    buffers[2],
+                    element::<i32>(buffers[1], at).into(),
+                    element::<i32>(buffers[1], at + 1).into(),
+                ),
+                Layout::LargeUtf8 => span(buffers[2], element(buffers[1], at), element(buffers[1], at + 1)),
                 Layout::View => view(buffers, at),
             }
         };
@@ -190,7 +192,8 @@ impl Strings {
             Some((start, length)) => unsafe { slice::from_raw_parts(start, length) },
             None => return Err(wrong("inside its Arrow buffers, it is not".into())),
         };
-        std::str::from_utf8(bytes).map_err(|error| wrong(format!("UTF-8, its byte {} is not", error.valid_up_to())))
+        std::str::from_utf8(bytes)
+            .map_err(|error| wrong(format!("UTF-8, its byte {} is not", error.valid_up_to())))
     }
 }
 
@@ -274,5 +277,7 @@ fn check(stream: &mut ArrayStream, code: c_int) -> PyResult<()> {
         None => None,
     };
     let message = message.unwrap_or_else(|| format!("error {code}"));
-    Err(PyValueError::new_err(format!("an Arrow stream of texts must be readable, this one fails ({message})")))
+    Err(PyValueError::new_err(format!(
+        "an Arrow stream of texts must be readable, this one fails ({message})"
+    )))
 }

@@ -1,5 +1,7 @@
 //! Any pattern: those known to the core are cut by hand, others by fancy-regex.
 
+use std::ops::Range;
+
 use pyo3::prelude::*;
 use rustbpe_core as core;
 
@@ -20,12 +22,22 @@ impl core::Engine for Fancy {
     }
 }
 
-/// Ends of the matches and of what lies between them; matches of nothing are passed over.
+/// Ends of the matches and of what lies between them; matches of nothing (or, by \K, of less) are passed over.
 struct Ends<'a> {
     matches: fancy_regex::Matches<'a, 'a, str>,
     size: usize,
     at: usize,
     pending: Option<usize>,
+}
+
+impl Ends<'_> {
+    fn next_match(&mut self) -> Option<fancy_regex::Result<Range<usize>>> {
+        let at = self.at;
+        self.matches
+            .by_ref()
+            .map(|found| found.map(|found| found.start()..found.end()))
+            .find(|found| !matches!(found, Ok(range) if range.is_empty() || range.start < at))
+    }
 }
 
 impl Iterator for Ends<'_> {
@@ -34,13 +46,13 @@ impl Iterator for Ends<'_> {
     fn next(&mut self) -> Option<core::Result<usize>> {
         let end = match self.pending.take() {
             Some(end) => end,
-            None => match self.matches.find(|found| !matches!(found, Ok(found) if found.start() == found.end())) {
+            None => match self.next_match() {
                 None if self.at == self.size => return None,
                 None => self.size,
-                Some(Ok(found)) if found.start() == self.at => found.end(),
+                Some(Ok(found)) if found.start == self.at => found.end,
                 Some(Ok(found)) => {
-                    self.pending = Some(found.end());
-                    found.start()
+                    self.pending = Some(found.end);
+                    found.start
                 }
                 Some(Err(error)) => {
                     let at = self.at;
@@ -70,7 +82,10 @@ pub fn pattern(text: &str) -> core::Result<core::Pattern> {
         Ok(regex) => Ok(core::Pattern::with_engine(text, Box::new(Fancy(regex)))),
         Err(error) => {
             let error = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-            Err(core::Error::Invalid(format!("a pattern must be a regular expression, {text:?} is not ({error})")))
+            let start: String = text.chars().take(100).collect();
+            Err(core::Error::Invalid(format!(
+                "a pattern must be a regular expression, {start:?} is not ({error})"
+            )))
         }
     }
 }

@@ -54,15 +54,23 @@ impl Tokenizer {
 }
 
 /// Names of special tokens as tiktoken takes them: None for "all".
-fn names(argument: Option<&Bound<'_, PyAny>>, name: &str, default: Option<Vec<String>>) -> PyResult<Option<Vec<String>>> {
+fn names(
+    argument: Option<&Bound<'_, PyAny>>,
+    name: &str,
+    default: Option<Vec<String>>,
+) -> PyResult<Option<Vec<String>>> {
     let Some(argument) = argument else { return Ok(default) };
     if let Ok(text) = argument.cast::<PyString>() {
         return match text.to_cow()?.as_ref() {
             "all" => Ok(None),
-            other => Err(PyValueError::new_err(format!("{name} must be \"all\" or a collection, got {other:?}"))),
+            other => {
+                Err(PyValueError::new_err(format!("{name} must be \"all\" or a collection, got {other:?}")))
+            }
         };
     }
-    let names = argument.try_iter()?.map(|item| utf8(&item?, || format!("an item of {name}")).map(|text| text.to_string()));
+    let names = argument
+        .try_iter()?
+        .map(|item| utf8(&item?, || format!("an item of {name}")).map(|text| text.to_string()));
     names.collect::<PyResult<_>>().map(Some)
 }
 
@@ -93,7 +101,8 @@ fn sources(texts: &Bound<'_, PyAny>) -> PyResult<Vec<Source>> {
 impl Tokenizer {
     #[new]
     fn new() -> PyResult<Self> {
-        let model = pattern(core::GPT4_PATTERN).and_then(|pattern| core::Tokenizer::new(vec![], vec![], pattern));
+        let model =
+            pattern(core::GPT4_PATTERN).and_then(|pattern| core::Tokenizer::new(vec![], vec![], pattern));
         Ok(Self::of(model.map_err(to_python)?, None))
     }
 
@@ -113,7 +122,12 @@ impl Tokenizer {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let threads = threads(num_threads)?;
-        let options = Options { threads, limit: memory_limit.map(|Whole(limit)| limit.max(0) as usize), folder: spill_dir, progress };
+        let options = Options {
+            threads,
+            limit: memory_limit.map(|Whole(limit)| limit.max(0) as usize),
+            folder: spill_dir,
+            progress,
+        };
         learn(texts, vocab_size, specials, pattern, options).map(|model| Self(RwLock::new(model)))
     }
 
@@ -128,7 +142,10 @@ impl Tokenizer {
         pattern: Option<&str>,
     ) -> PyResult<()> {
         if buffer_size.0 < 1 {
-            return Err(PyValueError::new_err(format!("buffer_size must be at least 1, got {}", buffer_size.0)));
+            return Err(PyValueError::new_err(format!(
+                "buffer_size must be at least 1, got {}",
+                buffer_size.0
+            )));
         }
         let options = Options { threads: threads(None)?, limit: None, folder: None, progress: None };
         let model = learn(iterator, vocab_size, vec![], pattern.unwrap_or(core::GPT4_PATTERN), options)?;
@@ -209,17 +226,19 @@ impl Tokenizer {
         let text: &str = &text;
         let allowed = names(allowed_special, "allowed_special", Some(vec![]))?;
         let disallowed = names(disallowed_special, "disallowed_special", None)?;
-        let specials = model.core.specials().iter().zip(model.core.first_special() as u32..);
-        let (allowed, others): (Vec<(&str, u32)>, Vec<(&str, u32)>) = specials
-            .map(|(name, id)| (name.as_str(), id))
-            .partition(|(name, _)| allowed.as_ref().is_none_or(|allowed| allowed.iter().any(|other| other == name)));
+        let specials =
+            model.core.specials().iter().map(String::as_str).zip(model.core.first_special() as u32..);
+        let is_allowed =
+            |name: &str| allowed.as_ref().is_none_or(|names| names.iter().any(|other| other == name));
         let disallowed: Vec<&str> = match &disallowed {
-            None => others.into_iter().map(|(name, _)| name).collect(),
+            None => specials.clone().map(|(name, _)| name).filter(|name| !is_allowed(name)).collect(),
             Some(names) => names.iter().map(String::as_str).collect(),
         };
+        let allowed: Vec<(&str, u32)> = specials.filter(|(name, _)| is_allowed(name)).collect();
         let mut ids = Vec::with_capacity(text.len() / 4 + 1);
         let found = py.detach(|| match core::first_of(&disallowed, text) {
             Some((_, index)) => Ok(Some(disallowed[index])),
+            None if disallowed.contains(&"") => Ok(Some("")), // which is in every text
             None => model.core.encode_with_specials(text, &allowed, &mut ids).map(|()| None),
         });
         match found.map_err(to_python)? {
@@ -346,7 +365,8 @@ impl Tokenizer {
         match batch.cast::<PyTuple>() {
             Ok(pair) if pair.len() == 2 => {
                 all = ids(&pair.get_item(0)?, size)?;
-                offsets = pair.get_item(1)?.call_method0("tolist").or_else(|_| pair.get_item(1))?.extract()?;
+                offsets =
+                    pair.get_item(1)?.call_method0("tolist").or_else(|_| pair.get_item(1))?.extract()?;
                 let ascending = offsets.windows(2).all(|two| two[0] <= two[1]);
                 if offsets.first() != Some(&0) || offsets.last() != Some(&all.len()) || !ascending {
                     return Err(PyValueError::new_err(format!(
@@ -416,7 +436,9 @@ impl Tokenizer {
     }
 
     fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
-        other.cast::<Self>().is_ok_and(|other| self.model().fingerprint() == other.get().model().fingerprint())
+        other
+            .cast::<Self>()
+            .is_ok_and(|other| self.model().fingerprint() == other.get().model().fingerprint())
     }
 
     fn __hash__(&self) -> u64 {

@@ -55,7 +55,9 @@ impl Report {
             report.set_item(name, value)?;
         }
         let phases = ["read", "split", "count", "init", "merge"];
-        for (name, value) in phases.into_iter().zip([self.read, self.split, self.count, self.init, self.merge]) {
+        for (name, value) in
+            phases.into_iter().zip([self.read, self.split, self.count, self.init, self.merge])
+        {
             seconds.set_item(name, value)?;
         }
         report.set_item("seconds", seconds)?;
@@ -121,7 +123,8 @@ fn count(
 ) -> PyResult<core::Counts> {
     let py = texts.py();
     let folder = options.folder.clone().unwrap_or_else(std::env::temp_dir);
-    let mut counter = core::Counter::new(pattern, options.threads, options.limit.unwrap_or(usize::MAX), &folder);
+    let mut counter =
+        core::Counter::new(pattern, options.threads, options.limit.unwrap_or(usize::MAX), &folder);
     let mut texts = Texts::new(texts)?;
     let mut working = 0.0;
     let start = Instant::now();

@@ -39,7 +39,7 @@ const MASKS: [(u64, u64); INLINE + 1] = {
 
 /// A string as two words: up to INLINE bytes the string itself and, in the last byte, its length; longer ones their
 /// hash, marked by LONG. Never (_, 0), unless empty.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     low: u64,
     high: u64,
@@ -116,7 +116,9 @@ impl ByteMap {
     #[cold]
     fn add(&mut self, place: usize, key: Key, string: &[u8]) -> Result<u32> {
         if self.blob.len() + string.len() >= EMPTY as usize {
-            return invalid(format!("different pieces must hold fewer than {EMPTY} bytes, the text has more"));
+            return invalid(format!(
+                "different pieces must hold fewer than {EMPTY} bytes, the text has more"
+            ));
         }
         let index = self.ends.len() as u32;
         self.slots[place] = Slot { key, index };
@@ -178,21 +180,27 @@ impl ByteMap {
         }
     }
 
+    /// Twice the slots. Strings go in by index: those that came early are mostly the frequent ones, and get the slots
+    /// they are looked for first.
     fn grow(&mut self) {
         let size = self.slots.len() * 2;
-        let old = std::mem::replace(&mut self.slots, vec![FREE; size]);
-        for slot in old.into_iter().filter(|slot| slot.index != EMPTY) {
-            let mut place = self.home(slot.key);
+        self.slots = vec![FREE; size];
+        let mut start = 0;
+        for index in 0..self.ends.len() {
+            let end = self.ends[index] as usize;
+            let key = self.words(&self.blob, start, end);
+            let mut place = self.home(key);
             while self.slots[place].index != EMPTY {
                 place = (place + 1) & (size - 1);
             }
-            self.slots[place] = slot;
+            self.slots[place] = Slot { key, index: index as u32 };
+            start = end;
         }
     }
 
     /// Bytes allocated, at the worst moment, once a string of `length` bytes more is in.
     pub fn footprint(&self, length: usize) -> usize {
-        let slots = self.slots.len() * if self.ends.len() * 2 + 2 > self.slots.len() { 3 } else { 1 };
+        let slots = self.slots.len() * if self.ends.len() * 2 + 2 > self.slots.len() { 2 } else { 1 };
         grown(&self.blob, length) + grown(&self.ends, 1) + slots * size_of::<Slot>()
     }
 }
@@ -245,5 +253,43 @@ impl Hasher for PairHasher {
     #[inline]
     fn finish(&self) -> u64 {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_are_told_apart_whatever_stands_around_them() {
+        // lengths 0 to 39 pass both the 15 bytes of a key and the 16 that are read at once; NULs must count
+        let strings: Vec<Vec<u8>> = (1..40).flat_map(|length| [vec![0; length], vec![7; length]]).collect();
+        let mut map = ByteMap::default();
+        for (index, string) in strings.iter().enumerate() {
+            assert_eq!(map.insert(string, 0, string.len()), Ok(index as u32));
+        }
+        for (index, string) in strings.iter().enumerate() {
+            for around in [vec![], vec![9; 20]] {
+                let text = [&around[..], string, &around].concat();
+                let (start, end) = (around.len(), around.len() + string.len());
+                assert_eq!(map.get(&text, start, end), Some(index as u32));
+                assert_eq!(map.insert(&text, start, end), Ok(index as u32));
+            }
+            assert_eq!(map.key(index), string);
+        }
+        assert_eq!((map.get(b"", 0, 0), map.get(b"other", 0, 5)), (None, None));
+    }
+
+    #[test]
+    fn growing_keeps_every_string_at_its_index_and_maps_have_their_own_seeds() {
+        let (mut map, mut other) = (ByteMap::default(), ByteMap::default());
+        for number in 0..5000u32 {
+            let string = format!("{number} and a tail of {number}");
+            let string = &string.as_bytes()[..if number % 2 == 0 { string.len() } else { 8 }];
+            assert_eq!(map.insert(string, 0, string.len()), Ok(number));
+            assert_eq!(other.insert(string, 0, string.len()), Ok(number));
+        }
+        assert_eq!((map.len(), map.get(b"4998 and a tail of 4998", 0, 23)), (5000, Some(4998)));
+        assert_ne!(map.seed, other.seed);
     }
 }

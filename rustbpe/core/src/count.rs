@@ -141,7 +141,8 @@ impl Counter {
 
     /// Seconds of all threads together: (cutting texts, counting pieces).
     pub fn seconds(&self) -> (f64, f64) {
-        let sum = |part: fn(&Worker) -> Duration| self.workers.iter().map(part).sum::<Duration>().as_secs_f64();
+        let sum =
+            |part: fn(&Worker) -> Duration| self.workers.iter().map(part).sum::<Duration>().as_secs_f64();
         (sum(|worker| worker.split), sum(|worker| worker.count))
     }
 
@@ -221,5 +222,69 @@ impl Counts {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::env::temp_dir;
+
+    use super::*;
+    use crate::split::PATTERN;
+
+    /// A different word of four letters for every number.
+    fn word(number: usize) -> String {
+        let letter = |place: u32| char::from(b'a' + (number / 26usize.pow(place) % 26) as u8);
+        String::from_iter([' ', letter(3), letter(2), letter(1), letter(0)])
+    }
+
+    fn count(texts: &[&str], threads: usize, limit: usize) -> (BTreeMap<Vec<u8>, u64>, usize) {
+        let pattern = Pattern::by_hand(PATTERN).unwrap();
+        let mut counter = Counter::new(&pattern, threads, limit, &temp_dir());
+        for texts in texts.chunks(3) {
+            counter.add(texts, &mut || true).unwrap();
+        }
+        let counts = counter.finish(&mut || true).unwrap();
+        let (spilled, size, bytes) = (counts.spilled, counts.len(), counts.bytes());
+        let mut found = BTreeMap::new();
+        counts.for_each(&mut |piece, count| assert!(found.insert(piece.to_vec(), count).is_none())).unwrap();
+        assert_eq!((found.len(), found.keys().map(Vec::len).sum::<usize>()), (size, bytes));
+        (found, spilled)
+    }
+
+    #[test]
+    fn counts_are_the_same_with_any_threads_and_any_memory() {
+        let text = |text: usize| (0..200).map(|index| word(index * text)).collect();
+        let texts: Vec<String> = (0..60).map(text).collect();
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let (expected, spilled) = count(&texts, 1, usize::MAX);
+        assert_eq!((expected[&b" aaaa"[..]], spilled), (259, 0));
+        for (threads, limit) in [(3, usize::MAX), (1, 1 << 16), (3, 3 << 16)] {
+            let (found, spilled) = count(&texts, threads, limit);
+            assert_eq!(found, expected);
+            assert_eq!(spilled > 0, limit < usize::MAX);
+        }
+    }
+
+    #[test]
+    fn nothing_is_counted_without_texts_and_a_stop_is_heeded() {
+        assert_eq!(count(&[], 2, usize::MAX), (BTreeMap::new(), 0));
+        let pattern = Pattern::by_hand(PATTERN).unwrap();
+        for threads in [1, 2] {
+            let mut counter = Counter::new(&pattern, threads, usize::MAX, &temp_dir());
+            assert_eq!(counter.add(&["one text", "another text"], &mut || false), Err(Error::Stopped));
+        }
+    }
+
+    #[test]
+    fn the_limit_bounds_what_a_table_takes() {
+        let words: String = (0..50_000).map(word).collect();
+        let pattern = Pattern::by_hand(PATTERN).unwrap();
+        let mut counter = Counter::new(&pattern, 1, 1 << 17, &temp_dir());
+        for text in words.as_bytes().chunks(1000) {
+            counter.add(&[std::str::from_utf8(text).unwrap()], &mut || true).unwrap();
+            assert!(counter.workers[0].table.footprint() <= 1 << 17);
+        }
     }
 }

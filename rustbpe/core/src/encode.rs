@@ -7,12 +7,11 @@ use std::ops::Range;
 use crate::bytemap::pair_key;
 use crate::split::Pattern;
 use crate::threads::{parts, run_all, shares};
+use crate::tokenizer::NONE;
 use crate::{Error, Result, Tokenizer};
 
 /// Up to this many bytes a scan of an array on the stack beats the heap.
 const SHORT: usize = 64;
-/// No merge, or a cell that is no token's first.
-const NONE: u32 = u32::MAX;
 
 /// The ids of many texts: each range of texts in an array of its own, and the number of ids of every text.
 pub struct Batch {
@@ -50,7 +49,12 @@ impl Tokenizer {
 
     /// Append the ids of `text`, in which each of `allowed`, (name, id), becomes its id; where several of them begin
     /// at one place, the longest does.
-    pub fn encode_with_specials(&self, text: &str, allowed: &[(&str, u32)], ids: &mut Vec<u32>) -> Result<()> {
+    pub fn encode_with_specials(
+        &self,
+        text: &str,
+        allowed: &[(&str, u32)],
+        ids: &mut Vec<u32>,
+    ) -> Result<()> {
         let names: Vec<&str> = allowed.iter().map(|(name, _)| *name).collect();
         let mut rest = text;
         while let Some((at, index)) = first_of(&names, rest) {
@@ -72,7 +76,12 @@ impl Tokenizer {
 
     /// Encode many texts on up to `threads` threads; one starts no thread. `watch` is asked now and then whether to go
     /// on.
-    pub fn encode_batch(&self, texts: &[&str], threads: usize, watch: &mut dyn FnMut() -> bool) -> Result<Batch> {
+    pub fn encode_batch(
+        &self,
+        texts: &[&str],
+        threads: usize,
+        watch: &mut dyn FnMut() -> bool,
+    ) -> Result<Batch> {
         let (parts, owners) = parts(texts, &self.pattern, threads);
         let (parts, size) = (&parts, texts.iter().map(|text| text.len()).sum::<usize>());
         let job = |range: Range<usize>| {
@@ -88,7 +97,8 @@ impl Tokenizer {
                 Ok((ids, lengths))
             }
         };
-        let results = run_all(shares(parts, |text| text.len(), threads).into_iter().map(job).collect(), watch)?;
+        let results =
+            run_all(shares(parts, |text| text.len(), threads).into_iter().map(job).collect(), watch)?;
         let mut lengths = vec![0; texts.len()];
         let found = results.iter().flat_map(|(_, lengths)| lengths);
         owners.iter().zip(found).for_each(|(&owner, length)| lengths[owner] += length);
@@ -145,14 +155,12 @@ impl Tokenizer {
     /// At most SHORT bytes: find the earliest merge, apply it, close the gap.
     fn merge_short(&self, piece: &[u8], out: &mut Vec<u32>) {
         let mut n = piece.len();
-        let mut ids = [NONE; SHORT];
-        for (id, &byte) in ids.iter_mut().zip(piece) {
-            *id = u32::from(byte);
-        }
         // merges[i] is what ids[i] and ids[i + 1] make
-        let mut merges = [NONE; SHORT];
-        for at in 1..n {
-            merges[at - 1] = self.merged(ids[at - 1], ids[at]);
+        let (mut ids, mut merges) = ([0; SHORT], [NONE; SHORT]);
+        for (at, &byte) in piece.iter().enumerate() {
+            ids[at] = u32::from(byte);
+            let pair = usize::from(byte) << 8 | usize::from(*piece.get(at + 1).unwrap_or(&0));
+            merges[at] = self.byte_pairs[pair];
         }
         while n > 1 {
             let (mut at, mut best) = (0, NONE);

@@ -25,11 +25,14 @@ impl Tokenizer {
         let vocabulary: Vec<String> = (0..self.tokens.len() as u32).map(spell).collect();
         let taken: HashSet<&str> = vocabulary.iter().map(String::as_str).collect();
         if let Some(name) = self.specials.iter().find(|name| taken.contains(name.as_str())) {
-            return invalid(format!("a special token in tokenizer.json must be no ordinary one, {name:?} is both"));
+            return invalid(format!(
+                "a special token in tokenizer.json must be no ordinary one, {name:?} is both"
+            ));
         }
         let entries = vocabulary.iter().enumerate().map(|(id, token)| format!("{}:{id}", json(token)));
         let spelled = |id: u32| json(&vocabulary[id as usize]);
-        let merges = self.merges.iter().map(|&(left, right)| format!("[{},{}]", spelled(left), spelled(right)));
+        let merges =
+            self.merges.iter().map(|&(left, right)| format!("[{},{}]", spelled(left), spelled(right)));
         let added = self.specials.iter().zip(self.tokens.len()..).map(|(name, id)| {
             format!(
                 "{{\"id\":{id},\"content\":{},\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\
@@ -37,7 +40,8 @@ impl Tokenizer {
                 json(name)
             )
         });
-        let byte_level = "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}";
+        let byte_level =
+            "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}";
         Ok(format!(
             "{{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[{}],\"normalizer\":null,\
              \"pre_tokenizer\":{{\"type\":\"Sequence\",\"pretokenizers\":[{{\"type\":\"Split\",\

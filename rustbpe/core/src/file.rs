@@ -15,8 +15,8 @@
 
 use std::fmt::Write;
 
-use crate::tokenizer::{MAX_SPECIALS, MAX_TOKENS};
 use crate::split::Pattern;
+use crate::tokenizer::{MAX_SPECIALS, MAX_TOKENS};
 use crate::{invalid, sha256, Result, Tokenizer, UNICODE};
 
 /// Far above any real file (65,536 tokens take 0.7 MB).

@@ -112,3 +112,75 @@ pub fn run_all<T: Send, F: FnOnce(&mut dyn FnMut() -> bool) -> Result<T> + Send>
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::split::PATTERN;
+
+    #[test]
+    fn shares_cover_everything_once_and_are_about_even() {
+        for parts in 1..9 {
+            let sizes = [5, 0, 1, 900, 3, 3, 3, 80, 80, 80, 0];
+            let shares = shares(&sizes, |&size| size, parts);
+            assert!(shares.len() <= parts && shares.iter().all(|range| !range.is_empty()));
+            assert!(shares.iter().cloned().flatten().eq(0..sizes.len()));
+        }
+        assert!(shares(&[] as &[usize], |&size| size, 3).is_empty());
+        assert_eq!(shares(&[7; 10], |&size| size, 2), [0..5, 5..10]);
+    }
+
+    #[test]
+    fn long_texts_are_cut_at_seams_only() {
+        let pattern = Pattern::by_hand(PATTERN).unwrap();
+        let text = "some words\n and more\n\nof them\n".repeat(100_000);
+        let (cut, owners) = parts(&["", &text, "x"], &pattern, 2);
+        assert!(cut.len() > 4 && cut[1].len() <= LONG && cut.concat() == text.clone() + "x");
+        assert!(cut[2..].iter().all(|part| part.starts_with("of")
+            || *part == "some words"
+            || part.starts_with('s')
+            || *part == "x"));
+        assert_eq!((owners[0], owners[1], owners[cut.len() - 1]), (0, 1, 2));
+        assert_eq!(parts(&[&text], &pattern, 1).0.len(), 1);
+        let spaces = " \n".repeat(1 << 20);
+        assert_eq!(parts(&[&spaces], &pattern, 2).0, [&spaces]);
+    }
+
+    #[test]
+    fn one_job_runs_on_the_calling_thread_and_results_keep_their_order() {
+        let caller = thread::current().id();
+        let job = |_: &mut dyn FnMut() -> bool| Ok(thread::current().id());
+        assert_eq!(run_all(vec![job], &mut || true), Ok(vec![caller]));
+        let jobs = (0..20).map(|index| move |_: &mut dyn FnMut() -> bool| Ok(index)).collect();
+        assert_eq!(run_all(jobs, &mut || true), Ok((0..20).collect()));
+    }
+
+    #[test]
+    fn a_job_that_fails_or_a_watch_that_says_no_stops_the_others() {
+        let endless = |going_on: &mut dyn FnMut() -> bool| -> Result<()> {
+            while going_on() {
+                thread::yield_now();
+            }
+            Err(Error::Stopped)
+        };
+        assert_eq!(run_all(vec![endless; 3], &mut || false), Err(Error::Stopped));
+        for failing in 0..3 {
+            let job = |index| {
+                move |going_on: &mut dyn FnMut() -> bool| match index == failing {
+                    true => invalid("this one"),
+                    false => endless(going_on),
+                }
+            };
+            let failed = run_all((0..3).map(job).collect(), &mut || true);
+            assert_eq!(failed, Err(Error::Invalid("this one".into())));
+        }
+        let panics = |index| {
+            move |_: &mut dyn FnMut() -> bool| -> Result<()> {
+                assert!(index == 1);
+                Ok(())
+            }
+        };
+        let panicked = run_all((0..2).map(panics).collect(), &mut || true);
+        assert_eq!(panicked, Err(Error::Invalid("a worker thread must finish, it panicked".into())));
+    }
+}

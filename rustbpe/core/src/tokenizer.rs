@@ -13,6 +13,9 @@ pub const MAX_TOKENS: usize = 1 << 20;
 pub const MAX_SPECIALS: usize = 1 << 10;
 pub const MAX_VOCABULARY_BYTES: u64 = 1 << 24;
 
+/// Where a merge is looked for and there is none.
+pub(crate) const NONE: u32 = u32::MAX;
+
 /// Ids 0..=255 are the bytes, then come the merges in the order learned, then the special tokens.
 pub struct Tokenizer {
     pub(crate) merges: Vec<(u32, u32)>,
@@ -22,6 +25,8 @@ pub struct Tokenizer {
     pub(crate) tokens: ByteMap,
     /// (left, right) -> merged id; the smaller id was learned earlier and goes first.
     pub(crate) pairs: PairMap,
+    /// The same for two bytes, whose merges are half of all that are looked for: index left * 256 + right.
+    pub(crate) byte_pairs: Vec<u32>,
 }
 
 impl Tokenizer {
@@ -39,7 +44,7 @@ impl Tokenizer {
         for byte in 0..=255 {
             tokens.insert(&[byte], 0, 1)?;
         }
-        let mut pairs = PairMap::default();
+        let (mut pairs, mut byte_pairs) = (PairMap::default(), vec![NONE; 1 << 16]);
         let (mut token, mut bytes) = (Vec::new(), 256);
         for (&(left, right), new) in merges.iter().zip(256u32..) {
             if left.max(right) >= new {
@@ -60,8 +65,11 @@ impl Tokenizer {
                 return invalid(format!("every token must have its own bytes, token {new} repeats another"));
             }
             pairs.insert(pair_key(left, right), new);
+            if left.max(right) < 256 {
+                byte_pairs[(left << 8 | right) as usize] = new;
+            }
         }
-        let tokenizer = Self { merges, specials, pattern, tokens, pairs };
+        let tokenizer = Self { merges, specials, pattern, tokens, pairs, byte_pairs };
         tokenizer.check_reachable()?;
         Ok(tokenizer)
     }
@@ -122,7 +130,9 @@ impl Tokenizer {
         let texts: Vec<&[u32]> = offsets.windows(2).map(|ends| &ids[ends[0]..ends[1]]).collect();
         let texts = &texts;
         let job = |range: Range<usize>| {
-            move |_: &mut dyn FnMut() -> bool| Ok(texts[range].iter().map(|ids| self.decode(ids)).collect::<Vec<_>>())
+            move |_: &mut dyn FnMut() -> bool| {
+                Ok(texts[range].iter().map(|ids| self.decode(ids)).collect::<Vec<_>>())
+            }
         };
         let jobs = shares(texts, |ids| ids.len(), threads).into_iter().map(job).collect();
         Ok(run_all(jobs, &mut || true)?.into_iter().flatten().collect())
