@@ -38,7 +38,7 @@ def _gpu_table(one: dict) -> str:
         memory = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB"
         cells = (f"d{row['depth']}", row["set"], f"{1e3 * row['median_s']:,.1f} ± {1e3 * row['mad_s']:.1f}",
                  f"{row['tokens_per_s']:,.0f}", _percent(row["mfu"]), _percent(row["mfu_causal"]), memory, against,
-                 f"{row['commit']}{' + changes' if row['dirty'] else ''}")
+                 f"{row['commit'] or 'kernels ' + row['kernels_sha256']}{' + changes' if row['dirty'] else ''}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

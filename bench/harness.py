@@ -9,12 +9,14 @@ are computed again) and each input and incoming gradient read once, each gradien
 import contextlib
 import functools
 import gc
+import hashlib
 import importlib.util
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -22,7 +24,7 @@ from kernels import KernelConfig, resolve
 from kernels.check import assert_parity
 from kernels.device import device_name, peak
 from kernels.registry import BACKENDS, OPS, Op, why_not
-from nanochat.environment import git
+from nanochat.environment import ROOT, git
 
 SIZES = ("d12", "d20", "d26")
 BACKWARD_FLOPS = {"attention": 2.5}  # times the forward's; 2 for everything else
@@ -281,14 +283,27 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def environment(device: torch.device) -> dict:
-    """Return what a row's numbers depend on: GPU, driver, versions, commit, and whether the tree had changes."""
+    """Return what a row's numbers depend on: GPU, driver, versions, commit, whether the tree had changes, sources.
+
+    The sources' digest is for machines that got the tree without its repository.
+    """
     commit = git("rev-parse", "--short=12", "HEAD")
     return {
         "gpu": device_name(device), "driver": smi(device, "driver_version"), "torch": torch.__version__,
         "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "cuda": torch.version.cuda, "commit": commit,
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "kernels_sha256": source_digest(ROOT / "kernels"),
     }
+
+
+def source_digest(folder: Path) -> str:
+    """Return the first 12 hex digits of the sha256 over a folder's Python files and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def clocks(device: torch.device) -> dict:

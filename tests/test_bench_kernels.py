@@ -258,6 +258,14 @@ def test_rounds_fill_half_a_second_within_bounds():
     assert [harness.rounds_for(s) for s in (1.0, 0.01, 1e-6)] == [15, 50, 100]
 
 
+def test_the_digest_of_the_sources_follows_every_file_and_name(tmp_path):
+    digests = set()
+    for name, text in (("a.py", "x"), ("a.py", "y"), ("b.py", ""), ("notes.txt", "ignored")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        digests.add(harness.source_digest(tmp_path))
+    assert len(digests) == 3 and harness.environment(CPU)["kernels_sha256"] == harness.source_digest(ROOT / "kernels")
+
+
 def test_nvidia_smi_is_asked_about_this_gpu_and_its_gaps_are_none(monkeypatch):
     monkeypatch.setattr(harness, "smi", lambda device, fields: "1755, 1980, [N/A], 401.25")
     assert harness.clocks(CPU) == {"sm_mhz": 1755, "sm_max_mhz": 1980, "memory_mhz": None, "watts": 401.25}

@@ -175,6 +175,8 @@ def test_accepting_writes_baseline_best_table_and_readme(tmp_path):
     assert ("| d20 | best | 500.0 ± 1.0 | 262,144 | 57.2 % | n/a | 30.0 GiB | 1.250x (1.200 to 1.300) | "
             "abc + changes |") in text
     assert "H100" not in text
+    row = {**train_row(), **H200, "commit": None, "dirty": None, "kernels_sha256": "0123456789ab"}
+    assert "| kernels 0123456789ab |" in compare.speed_table([{"rows": of(row)}])  # a tree without its repository
 
 
 def test_readme_shows_the_table_of_the_committed_baselines():
