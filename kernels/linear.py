@@ -6,8 +6,8 @@ quantize instead. Weights already in x's dtype, as at inference, are used as the
 fp8: x and W in e4m3, the gradient of y in e5m2, each with one dynamic scale (fp8_cast); three GEMMs by
 torch._scaled_mm, fp32 accumulation (fast accumulation in the forward GEMM only), results in x's dtype, the gradient of
 W in W's. W's codes come with the call: they are made once per optimizer step, not per micro-batch. Kept for backward
-is x's transposed code, half of bf16's bytes. d20's c_fc with 65,536 tokens: casting x and dy moves 0.50 + 2.0 GB, 0.9 ms
-by estimate, beside GEMMs of 4.3 ms in bf16 and at best half of that in fp8.
+is x's transposed code, half of bf16's bytes. d20's c_fc with 65,536 tokens: casting x and dy moves 0.50 + 2.0 GB, by
+estimate 0.9 ms, beside GEMMs of 4.3 ms in bf16 and at best half of that in fp8.
 Source: nanochat (2026), torchao. Limits: C and N multiples of 16 (M is free: the transposed codes are padded).
 """
 
