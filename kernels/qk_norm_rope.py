@@ -236,10 +236,9 @@ def qk_norm_rope_triton(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor,
 def _inputs(case, dtype, device, generator) -> dict:
     B, T, H, K, D = (case[name] for name in "BTHKD")
     leading = (B, T) if B else (T,)  # without B the flat rows of paged decode
-    q = torch.randn(*leading, H, D, generator=generator).to(device, dtype)
-    k = torch.randn(*leading, K, D, generator=generator).to(device, dtype)
+    q, k = (torch.randn(*leading, heads, D, generator=generator) * case.get("std", 1) for heads in (H, K))
     cos, sin = rotary_table(T, D, device=device)
-    return {"q": q, "k": k, "cos": cos, "sin": sin}
+    return {"q": q.to(device, dtype), "k": k.to(device, dtype), "cos": cos, "sin": sin}
 
 
 def _values(case) -> int:
@@ -250,6 +249,7 @@ OP = declare(Op(
     "qk_norm_rope",
     cases={"tiny": dict(B=2, T=16, H=2, K=2, D=64), "odd_T63_gqa": dict(B=1, T=63, H=4, K=2, D=64),
            "one_token": dict(B=1, T=1, H=2, K=1, D=128), "odd_rows_D80": dict(B=None, T=5, H=3, K=1, D=80),
+           "small_values": dict(B=1, T=3, H=1, K=1, D=64, std=1e-3),  # eps is a tenth of the mean square
            "d12": dict(B=32, T=2048, H=6, K=6, D=128), "d20": dict(B=32, T=2048, H=10, K=10, D=128),
            "d26": dict(B=16, T=2048, H=13, K=13, D=128), "d20_decode_64": dict(B=None, T=64, H=10, K=10, D=128)},
     make_inputs=_inputs,
