@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from nanochat.engine.pages import PagePool
+from nanochat.engine.pages import ROOT, PagePool
 
 
 def test_allocated_pages_are_distinct_and_counted():
@@ -27,7 +27,7 @@ def test_pages_for_rounds_up(tokens, pages):
 def test_allocating_more_than_free_takes_nothing():
     pool = PagePool(3, 16)
     pool.allocate(2)
-    with pytest.raises(ValueError, match=re.escape("2 pages wanted, 1 of 3 are free")):
+    with pytest.raises(ValueError, match=re.escape("2 pages wanted, 1 of 3 are available")):
         pool.allocate(2)
     assert pool.free == 1
     pool.check()
@@ -104,4 +104,72 @@ def test_random_operations_agree_with_a_count_of_holders(seed):
         holders = Counter(page for pages in held for page in pages)
         assert pool.live == len(holders)
         assert all(pool.shared(page) == (n > 1) for page, n in holders.items())
+        pool.check()
+
+
+# --- prefixes -------------------------------------------------------------------------------------
+
+
+def published(pool, tokens):
+    """Hold pages for `tokens`, publish the full ones and return the pages."""
+    pages, parent, P = pool.allocate(pool.pages_for(len(tokens))), ROOT, pool.page_size
+    for i in range(len(tokens) // P):
+        parent = pool.publish(pages[i], parent, tokens[i * P:(i + 1) * P])
+    return pages
+
+
+def test_a_prefix_is_found_while_held_and_after():
+    pool = PagePool(6, 4)
+    pages = published(pool, list(range(10)))
+    found, keys = pool.match(list(range(8)) + [99])
+    assert found == pages[:2] and len(set(keys)) == 2 and pool.shared(pages[0])
+    pool.release(found)
+    pool.release(pages)
+    assert (pool.free, pool.cached, pool.live) == (4, 2, 0)
+    again, _ = pool.match(list(range(9)))
+    assert again == pages[:2] and (pool.cached, pool.live) == (0, 2)
+    pool.check()
+
+
+@pytest.mark.parametrize("tokens, n", [(range(8), 1), (range(9), 2), ([0, 1, 2, 3, 9, 5, 6, 7, 8], 1),
+                                       ([5, 1, 2, 3, 4], 0), (range(4), 0), (range(5), 1), ([4, 5, 6, 7, 0], 0)])
+def test_a_match_is_of_whole_pages_from_the_start_and_leaves_the_last_token(tokens, n):
+    pool = PagePool(4, 4)
+    pages = published(pool, list(range(10)))
+    assert pool.match(list(tokens))[0] == pages[:n]
+
+
+def test_the_longest_unused_prefix_goes_first_and_its_tail_before_its_head():
+    pool = PagePool(4, 2)
+    old, new = published(pool, [1, 2, 3, 4]), published(pool, [5, 6, 7, 8])
+    pool.release(old)
+    pool.release(new)
+    (taken,) = pool.allocate(1)
+    assert taken == old[1] and pool.match([1, 2, 3, 4, 0])[0] == old[:1]
+    pool.check()
+
+
+def test_equal_digests_do_not_make_equal_prefixes(monkeypatch):
+    monkeypatch.setattr("nanochat.engine.pages.Prefix.key", property(lambda self: b"same"))
+    pool = PagePool(2, 2)
+    published(pool, [1, 2, 9])
+    assert pool.match([3, 4, 9]) == ([], [])
+
+
+def test_dropped_prefixes_are_free_again():
+    pool = PagePool(4, 2)
+    held, gone = published(pool, [1, 2]), published(pool, [3, 4])
+    pool.release(gone)
+    pool.drop_prefixes()
+    assert (pool.free, pool.cached, pool.live) == (3, 0, 1) and pool.match([1, 2, 9]) == ([], [])
+    pool.release(held)
+    assert pool.free == 4
+    pool.check()
+
+
+def test_check_finds_a_prefix_without_its_page():
+    pool = PagePool(2, 2)
+    published(pool, [1, 2])
+    pool._page_of.clear()
+    with pytest.raises(RuntimeError, match="do not belong together"):
         pool.check()

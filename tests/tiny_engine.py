@@ -132,4 +132,4 @@ def assert_recomputed(engine, results, prompts, params):
 
 def assert_idle(engine):
     engine.check()
-    assert engine.pool.free == engine.pool.total and not engine.running and not engine.waiting
+    assert engine.pool.available == engine.pool.total and not engine.running and not engine.waiting

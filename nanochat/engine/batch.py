@@ -9,9 +9,9 @@ from nanochat.gpt import PagedBatch, PagedCache
 # S rows, N new tokens in all, R draws
 
 
-def build_batch(rows: list[Row], page_size: int, device: torch.device) -> PagedBatch:
-    """Lay out the tokens of each row that are not yet computed; logits are wanted after the last of each row."""
-    counts = np.array([len(row.tokens) - row.computed for row in rows])
+def build_batch(counts_of: dict[Row, int], page_size: int, device: torch.device) -> PagedBatch:
+    """Lay out the next tokens of each row, as many as `counts_of` says; logits are wanted after the last of each."""
+    rows, counts = list(counts_of), np.array(list(counts_of.values()))
     computed = np.array([row.computed for row in rows])
     ends = counts.cumsum()
     contexts = computed + counts
@@ -23,7 +23,7 @@ def build_batch(rows: list[Row], page_size: int, device: torch.device) -> PagedB
     owner = np.repeat(np.arange(len(rows)), counts)
     positions = np.arange(ends[-1]) + np.repeat(contexts - ends, counts)
     slots = tables[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
-    tokens = [token for row in rows for token in row.tokens[row.computed:]]
+    tokens = [token for row, n in counts_of.items() for token in row.tokens[row.computed:row.computed + n]]
 
     def on_device(values, dtype=torch.int64):
         return torch.as_tensor(np.asarray(values), dtype=dtype).to(device)

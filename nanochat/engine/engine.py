@@ -1,16 +1,17 @@
 """The engine: many requests of different lengths advance together, one ragged forward per step.
 
-A step takes every running row's tokens that are not yet computed - one for a row that decodes, a few for a row that
-just got tool output, a whole prompt for a row that joins - and draws one token for each. Rows join as soon as there
-is room in the batch and their worst case fits the page pool, and leave as they finish. A row is given all the pages
-it can ever need when it joins, so a running row never waits and nothing can deadlock; there is no preemption.
+A step computes tokens that are known but not yet computed - one for a row that decodes, a few for a row that just got
+tool output, a chunk of a prompt for a row that joins - and draws one more for every row with none left. Which rows, and
+how many tokens of each, the scheduler decides; pages are shared between samples of a prompt and between prompts that
+begin alike.
 
 Random numbers depend on (seed, sample, position) alone. On CPU in fp32 a row's text is the same alone and in any
-batch, up to ties within rounding: matrix products of other heights round differently in the last bit.
+batch, chunked, preempted or started from cached pages, up to ties within rounding: matrix products of other heights
+round differently in the last bit.
 """
 
+import math
 import time
-from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -20,25 +21,29 @@ from nanochat.common import UserError
 from nanochat.engine.batch import build_batch, copy_pages, draw
 from nanochat.engine.pages import PagePool
 from nanochat.engine.request import Completion, Request, Row, SamplingParams, row_seed
+from nanochat.engine.scheduler import Scheduler
 from nanochat.engine.tools import Transcript
 from nanochat.gpt import GPT, PagedCache
 
 TOOLS = ("calculator", "off")
-PREFILL_TOKENS = 2048  # new prompts join a step up to this many tokens, the first always
+STEP_TOKENS = 2048  # most tokens of a step: a long prompt is computed in chunks, beside rows that decode
 
 
 class Engine:
     """Generates with `model`, whose weights may change in place between requests (call `reset` then).
 
-    n_pages: pages of `page_size` tokens, by default enough for max_batch rows of the whole context.
+    n_pages: pages of `page_size` tokens, by default enough for max_batch rows of the whole context. step_tokens: most
+    tokens computed in a step, at least max_batch. prefix_cache: keep pages for prompts that begin alike.
     Raises UserError for a value outside its range.
     """
 
     def __init__(self, model: GPT, tokenizer, *, tools: str = "calculator", page_size: int = 16,
-                 n_pages: int | None = None, max_batch: int = 64):
+                 n_pages: int | None = None, max_batch: int = 64, step_tokens: int = STEP_TOKENS,
+                 prefix_cache: bool = True):
         if tools not in TOOLS:
             raise UserError(f"tools must be one of {', '.join(TOOLS)}, got {tools!r}")
-        for name, value in (("page_size", page_size), ("max_batch", max_batch), ("n_pages", n_pages)):
+        for name, value in (("page_size", page_size), ("max_batch", max_batch), ("n_pages", n_pages),
+                            ("step_tokens", step_tokens)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.model, self.tokenizer, self.tools, self.max_batch = model, tokenizer, tools, max_batch
@@ -51,10 +56,17 @@ class Engine:
             raise UserError(f"{n_pages} pages of {page_size} tokens for a batch of {max_batch} must fit the memory "
                             f"of {model.device}, they do not: take a smaller batch") from error
         self.terminals = frozenset((tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id))
-        self.running: list[Row] = []
-        self.waiting: deque[Row] = deque()
+        self.scheduler = Scheduler(self.pool, max_batch, max(step_tokens, max_batch), prefix_cache)
         self._counts = {"requests": 0, "tokens": 0, "steps": 0}
         self._seconds = 0.0
+
+    @property
+    def running(self) -> list[Row]:
+        return self.scheduler.running
+
+    @property
+    def waiting(self) -> list[Row]:
+        return list(self.scheduler.waiting)
 
     # --- for callers ---
 
@@ -103,10 +115,14 @@ class Engine:
         finally:
             self.abort(request)
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> Request:
-        """Queue a request. Raises UserError when its prompt or the pool can never let it run."""
+    def submit(self, prompt: list[int], params: SamplingParams, timeout: float = math.inf) -> Request:
+        """Queue a request, to be given up `timeout` seconds from now.
+
+        Raises UserError when its prompt or the pool can never let it run.
+        """
         self._check_prompt(prompt)
-        request = Request(list(prompt), params, min(len(prompt) + params.max_tokens, self.context))
+        request = Request(list(prompt), params, min(len(prompt) + params.max_tokens, self.context),
+                          time.monotonic() + timeout)
         need = self._worst_case(request)
         need += params.n > 1 and len(prompt) % self.pool.page_size > 0  # a second sample copies the last prompt page
         if need > self.pool.total:
@@ -120,33 +136,36 @@ class Engine:
         if request.done:
             self._retire(request.rows)
         else:
-            self.waiting.append(request.rows[0])
+            self.scheduler.waiting.append(request.rows[0])
         return request
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, reason: str = "abort") -> None:
         """End a request wherever it stands; its pages return at once. Does nothing to rows that are done."""
         rows = [row for row in request.rows if row.pages or not row.finish_reason]  # pages: a step was cut short
         if not rows:
             return
         for row in rows:
             if not row.finish_reason:
-                row.finish("abort")
-        self.running = [row for row in self.running if not row.finish_reason]
-        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+                row.finish(reason)
         self._retire(rows)
 
     def reset(self) -> None:
         """Abort everything and drop what was computed with the weights so far; call after a weight update."""
         for row in (*self.running, *self.waiting):
             self.abort(row.request)
+        self.pool.drop_prefixes()
 
     def step(self) -> None:
-        """Advance every running row by one token, after letting waiting rows join."""
+        """Compute up to step_tokens known tokens and draw the next one of every row that has none left."""
         start = time.perf_counter()
+        for request in {row.request for row in (*self.running, *self.waiting)}:
+            if time.monotonic() >= request.deadline:
+                self.abort(request, "timeout")
         with torch.inference_mode():
-            copy_pages(self.cache, self._admit())
-            if self.running:
-                self._advance()
+            plan = self.scheduler.plan()
+            if plan.counts:
+                copy_pages(self.cache, list(plan.copies.values()))
+                self._advance(plan.counts)
             elif self.waiting:
                 raise RuntimeError("a request does not fit an idle pool")  # submit refuses those, so pages leaked
         self._seconds += time.perf_counter() - start
@@ -156,7 +175,8 @@ class Engine:
         per_s = {f"{name}_per_s": self._counts[name] / self._seconds if self._seconds else 0.0
                  for name in ("requests", "tokens")}
         return {**self._counts, "seconds": self._seconds, **per_s, "page_size": self.pool.page_size,
-                "pages_total": self.pool.total, "pages_peak": self.pool.peak}
+                "pages_total": self.pool.total, "pages_peak": self.pool.peak,
+                "cached_tokens": self.scheduler.cached_tokens, "preemptions": self.scheduler.preemptions}
 
     def check(self) -> None:
         """Raise RuntimeError when a page is lost: free + cached + live == total, and every live page has a row."""
@@ -167,69 +187,44 @@ class Engine:
 
     # --- inside a step ---
 
-    def _advance(self) -> None:
-        """Compute what is not yet computed, draw, and let go of the rows that end."""
-        rows = self.running
-        batch = build_batch(rows, self.pool.page_size, self.model.device)
+    def _advance(self, counts: dict[Row, int]) -> None:
+        """Compute n tokens of each row, draw for those that have none left, and let go of the rows that end."""
+        batch = build_batch(counts, self.pool.page_size, self.model.device)
         logits = self.model.forward_paged(batch, self.cache)
         drawing, source = [], []
-        for i, row in enumerate(rows):
-            samples = self._samples_of(row)
+        for i, (row, n) in enumerate(counts.items()):
+            self.scheduler.computed(row, n)
+            samples = [] if row.pending else self._samples_of(row)
             drawing += samples
             source += [i] * len(samples)
-        if len(source) > len(rows):
+        self._counts["steps"] += 1
+        if not drawing:
+            return
+        if source != list(range(len(counts))):
             logits = logits[torch.tensor(source, device=logits.device)]
         for row, token, logprob in zip(drawing, *draw(logits, drawing, self.model.kernels.sample), strict=True):
             row.accept(token, logprob, self.terminals)
-        running = set(rows)
-        self.running = [row for row in rows if not row.finish_reason]
-        born = [row for row in drawing if row not in running and not row.finish_reason]
-        self.waiting.extendleft(reversed(born))
+        born = [row for row in drawing if row not in counts and not row.finish_reason]
+        self.scheduler.waiting.extendleft(reversed(born))
         self._retire([row for row in drawing if row.finish_reason])
-        self._counts["steps"] += 1
 
     def _samples_of(self, row: Row) -> list[Row]:
-        """Mark the row's tokens as computed; if they were the prompt, hand its pages to the request's other samples."""
-        first, row.computed = row.is_prefill, len(row.tokens)
-        if not first:
+        """Return the row, and after its prompt the request's other samples, which go on from its pages."""
+        request = row.request
+        if request.spawned or row is not request.rows[0]:
             return [row]
-        pages = row.pages[: self.pool.pages_for(row.computed)]
-        for sample in row.request.rows[1:]:
-            sample.pages, sample.computed = self.pool.share(pages), row.computed
-        return row.request.rows
-
-    def _admit(self) -> list[tuple[int, int]]:
-        """Let waiting rows join, oldest first; return the page copies to make before the forward."""
-        copies, budget = [], PREFILL_TOKENS
-        while self.waiting and len(self.running) < self.max_batch:
-            row = self.waiting[0]
-            tokens = len(row.tokens) - row.computed
-            fits = tokens <= budget or budget == PREFILL_TOKENS
-            own_copy = self._writes_shared_page(row)
-            if not fits or self._worst_case(row.request) - len(row.pages) + own_copy > self.pool.free:
-                break
-            budget -= tokens
-            self.running.append(self.waiting.popleft())
-            if own_copy:
-                shared, row.pages[-1] = row.pages[-1], self.pool.fork(row.pages[-1])
-                copies.append((shared, row.pages[-1]))
-            row.pages += self.pool.allocate(self._worst_case(row.request) - len(row.pages))
-            if row.is_prefill and len(row.request.rows) > 1:
-                break  # its samples wait next, holding its pages; those of two prompts could starve each other
-        return copies
-
-    def _writes_shared_page(self, row: Row) -> bool:
-        return row.computed % self.pool.page_size > 0 and self.pool.shared(row.pages[-1])
+        request.spawned = True
+        for sample in request.rows[1:]:
+            self.scheduler.spawn(row, sample)
+        return request.rows
 
     def _worst_case(self, request: Request) -> int:
         """Return the pages of one sample at its longest; its last token is never computed."""
         return self.pool.pages_for(request.limit - 1)
 
     def _retire(self, rows: list[Row]) -> None:
-        for row in rows:
-            self.pool.release(row.pages)
-            row.pages = []
-            self._counts["tokens"] += len(row.mask)
+        self.scheduler.drop(set(rows))
+        self._counts["tokens"] += sum(len(row.mask) for row in rows)
         self._counts["requests"] += len({row.request for row in rows if row.request.done})
 
     def _check_prompt(self, prompt: list[int]) -> None:

@@ -50,7 +50,8 @@ class Completion:
 
     The terminal token is not among ids. mask is 1 for sampled and 0 for forced tokens; logprobs are those of the
     distribution drawn from, 0.0 for forced tokens. text is what the reader sees: no special tokens, no tool spans.
-    finish_reason: "stop", "length" (max_tokens), "context", "abort", or "error" with the sentence in `error`.
+    finish_reason: "stop" (by the terminal token `stopped_by`), "length" (max_tokens), "context", "abort", "timeout", or
+    "error" with the sentence in `error`.
     """
 
     ids: list[int]
@@ -60,6 +61,7 @@ class Completion:
     text: str
     tool_calls: list[tuple[str, str | None]]
     error: str | None = None
+    stopped_by: int | None = None
 
 
 @dataclass(eq=False)
@@ -72,14 +74,21 @@ class Row:
     transcript: Transcript
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)  # of its full pages, as prefixes
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    stopped_by: int | None = None
 
     @property
     def is_prefill(self) -> bool:
         return self.computed < len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Return how many tokens are not computed yet; the next is drawn when none is left."""
+        return len(self.tokens) - self.computed
 
     def accept(self, token: int, logprob: float, terminals: frozenset[int]) -> None:
         """Append a sampled token and what the tool forces after it, or end the row."""
@@ -88,6 +97,7 @@ class Row:
                           "(NaN or infinity in the weights or in a kernel)")
             return self.finish("error")
         if token in terminals:
+            self.stopped_by = token
             return self.finish("stop")
         self._append(token, logprob, 1)
         forced = self.transcript.push(token)
@@ -106,7 +116,7 @@ class Row:
 
     def completion(self) -> Completion:
         return Completion(self.tokens[len(self.request.prompt):], self.mask, self.logprobs, self.finish_reason,
-                          self.transcript.text, self.transcript.calls, self.error)
+                          self.transcript.text, self.transcript.calls, self.error, self.stopped_by)
 
     def _append(self, token: int, logprob: float, mask: int) -> None:
         self.tokens.append(token)
@@ -121,7 +131,9 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     limit: int  # most tokens a row may have, prompt included
+    deadline: float = math.inf  # time.monotonic() at which it is given up
     rows: list[Row] = field(default_factory=list)
+    spawned: bool = False  # the other samples have started from the first one's pages
 
     @property
     def done(self) -> bool:
