@@ -8,10 +8,10 @@ is stored twice, bit for bit symmetric. a X + B X adds in fp32 in the epilogue, 
 division by the norm is a factor in the first step's epilogues and no pass of its own.
 Gram form, for n >= 2m: two steps are taken on A alone, X <- P2(A') P1(A) X with A' = P1 A P1, which replaces products
 with X (m^2 n) by symmetric ones (m^3 / 2 useful): at n = 4m five steps cost 47 instead of 65 m^3 (90 without symmetry).
-It starts over from X after every second step. Published with one restart, after step 2, for fp16; in bf16 that lets
-noise in A's small eigenvalues grow over three steps: on ill-conditioned spectra (tests/test_newton_schulz_kernel.py)
-singular values reach 2.3 with Polar Express and 1.4 with the quintic; with our restarts 1.25 and 1.20, with direct
-steps 1.14 and 1.20.
+It starts over from X after each pair, and no pair contains the first step: published is one restart, after step 2, for
+fp16, but bf16's noise in A grows by a1 a2 in a pair and by more in a triple. On ill-conditioned spectra in bf16 (128 x
+512) singular values pass their bound by 1.2 (Polar Express) and 0.2 (quintic) with that one restart, by at most 0.04
+with ours; Polar Express' middle steps, where a1 a2 > 12, stay direct.
 Numerics: products in the input's dtype (bf16 on GPUs, fp32 on CPU), sums and epilogues in fp32, the norm too.
 Sources: Keller Jordan's Muon, nanochat (Nov 2025); arXiv 2505.16932 (Polar Express); Dao-AILab/gram-newton-schulz;
 symmetric tiles as in modded-nanogpt and quack.
@@ -30,6 +30,7 @@ POLAR_EXPRESS = ((8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.5000
                  (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236))
 COEFFICIENTS = {"quintic": QUINTIC, "polar-express": POLAR_EXPRESS}
 EPS = 1e-7
+PAIR_GAIN = 12.0  # largest a1 a2 of two steps in Gram form; the quintic's is 11.9
 
 
 @register("newton_schulz", "eager")
@@ -165,16 +166,26 @@ def _product(b: torch.Tensor, x: torch.Tensor, a: float, norm: torch.Tensor | No
 @custom_op("newton_schulz", fake=lambda g, coefficients, norm, gram: torch.empty(g.shape, dtype=g.dtype,
                                                                                   device=g.device))
 def _orthogonalize(g: torch.Tensor, coefficients: list[float], norm: torch.Tensor | None, gram: bool) -> torch.Tensor:
-    """coefficients: a, b, c of every step in a row; gram: take two steps at a time."""
+    """coefficients: a, b, c of every step in a row; gram: take two steps at a time where that is exact enough."""
     x, m = g.contiguous(), g.size(1)
     steps = [tuple(coefficients[i:i + 3]) for i in range(0, len(coefficients), 3)]
     tile = _tile(x)[1]
     if m < tile["MIN_ROWS"] or len(x) * _triangles(m, tile["SYMMETRIC"]) < tile["MIN_TILES"]:
         return newton_schulz_eager(x, steps, norm)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32) if norm is None else norm.contiguous()
-    for start in range(0, len(steps), 1 + gram):
-        x, norm = _advance(x, steps[start:start + 1 + gram], norm), None
+    for group in _groups(steps, gram):
+        x, norm = _advance(x, group, norm), None
     return x
+
+
+def _groups(steps: list[tuple], gram: bool) -> list[list[tuple]]:
+    """Split the steps, from the last on, into pairs for the Gram form and single steps."""
+    groups = []
+    while steps:
+        size = 2 if gram and len(steps) > 1 and steps[-1][0] * steps[-2][0] <= PAIR_GAIN else 1
+        groups.insert(0, steps[-size:])
+        steps = steps[:-size]
+    return groups
 
 
 def _advance(x: torch.Tensor, steps: list[tuple], norm: torch.Tensor | None) -> torch.Tensor:
@@ -208,7 +219,7 @@ def newton_schulz_triton(g: torch.Tensor, coefficients: tuple = QUINTIC,
 @register("newton_schulz", "direct", needs=("triton",), rank=45, dtypes=(torch.float32, torch.bfloat16, torch.float16))
 def newton_schulz_direct(g: torch.Tensor, coefficients: tuple = QUINTIC,
                          norm: torch.Tensor | None = None) -> torch.Tensor:
-    """Our kernels, every step on X itself: in bf16 the more exact form for ill-conditioned wide matrices."""
+    """Our kernels, every step on X itself."""
     return _orthogonalize(_checked("direct", g), [x for step in coefficients for x in step], norm, False)
 
 
