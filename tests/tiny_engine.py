@@ -10,7 +10,7 @@ import torch
 
 from kernels import KernelConfig, resolve
 from nanochat.calculator import calculate
-from nanochat.engine import SamplingParams
+from nanochat.engine import Engine, SamplingParams
 from nanochat.engine.request import row_seed
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -133,3 +133,32 @@ def assert_recomputed(engine, results, prompts, params):
 def assert_idle(engine):
     engine.check()
     assert engine.pool.available == engine.pool.total and not engine.running and not engine.waiting
+
+
+# --- fixtures, for modules that import them ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return random_model()
+
+
+class CheckedEngine(Engine):
+    """Verifies after every step that no page is lost, and gives up on a run that never ends."""
+
+    def step(self):
+        super().step()
+        self.check()
+        assert self.stats()["steps"] < 5000
+
+
+@pytest.fixture
+def make(model, tokenizer):
+    def engine(**options):
+        return CheckedEngine(options.pop("model", model), tokenizer, **options)
+    return engine
