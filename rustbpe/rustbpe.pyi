@@ -51,8 +51,8 @@ class Tokenizer:
         num_threads: default all processors of the process; 1 starts none.
         memory_limit: bytes for the tables that count pieces. Beyond it they are written, sorted, to files without a name
         in spill_dir (default: the system's temporary directory), which are merged at the end. Not bounded by it: a
-        batch of texts (16 MiB, or one Arrow array), a single longer piece, and the merging, which holds 8 bytes for
-        each byte of the different pieces and about as much again for their pairs.
+        batch of texts (16 MiB, or one Arrow array), a single piece beyond 4 KiB, and the merging, which holds about 40
+        bytes for each byte of the different pieces.
         progress(phase, done, total) hears of "count" in bytes (total 0 while unknown), then of "merge" in merges, at
         most ten times a second; what it raises ends the training.
         """

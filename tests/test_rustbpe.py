@@ -91,7 +91,9 @@ def test_an_exception_of_the_texts_passes_through():
 def test_training_on_a_million_equal_letters():
     tokenizer = train(["a" * 1_000_000], 30)
     assert tokenizer.merges[:3] == [(97, 97), (256, 256), (257, 257)]
-    assert tokenizer.encode("a" * 1_000_000) == [tokenizer.vocab_size - len(SPECIALS) - 1]
+    ids = tokenizer.encode("a" * 1_000_000)
+    assert ids == [tokenizer.vocab_size - len(SPECIALS) - 1]
+    assert tokenizer.decode(ids * 2) == "a" * 2_000_000
 
 # --- what it tells ----------------------------------------------------------------------------------
 

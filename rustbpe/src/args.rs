@@ -137,8 +137,8 @@ pub fn strs(sources: &[Source], first: usize) -> PyResult<Vec<&str>> {
 
 /// One token id below `size`; `place` says where it stands in the error, if anywhere.
 pub fn id(item: &Bound<'_, PyAny>, size: usize, place: impl FnOnce() -> String) -> PyResult<u32> {
-    match item.extract::<u32>() {
-        Ok(id) if (id as usize) < size => Ok(id),
+    match item.extract::<i64>() {
+        Ok(id) if (0..size as i64).contains(&id) => Ok(id as u32),
         Err(error) if error.is_instance_of::<PyTypeError>(item.py()) => Err(PyTypeError::new_err(format!(
             "a token id must be int, got {}{}",
             item.get_type().name()?,

@@ -81,8 +81,8 @@ fn join<'py>(py: Python<'py>, shares: &[Vec<u32>]) -> PyResult<Bound<'py, PyAny>
 
 /// The text of bytes, by Python's own error handlers where they are no UTF-8.
 fn text<'py>(py: Python<'py>, bytes: &[u8], errors: &str) -> PyResult<Bound<'py, PyAny>> {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => Ok(PyString::new(py, text).into_any()),
+    match PyString::from_bytes(py, bytes) {
+        Ok(text) => Ok(text.into_any()),
         Err(_) => PyBytes::new(py, bytes).call_method1("decode", ("utf-8", errors)),
     }
 }

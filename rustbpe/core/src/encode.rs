@@ -190,19 +190,22 @@ impl Tokenizer {
     /// in its first and last cell, and an entry whose tokens have changed is skipped.
     fn merge_long(&self, piece: &[u8], out: &mut Vec<u32>) {
         let mut cells: Vec<u32> = piece.iter().map(|&byte| u32::from(byte)).collect();
-        let mut heap = BinaryHeap::new();
+        // the entry (merge, position) as one number, as fast to compare
+        let entry = |merge: u32, at: usize| Reverse(u64::from(merge) << 32 | at as u64);
+        let bytes =
+            piece.windows(2).map(|two| self.byte_pairs[usize::from(two[0]) << 8 | usize::from(two[1])]);
+        let offers =
+            bytes.enumerate().filter(|(_, merge)| *merge != NONE).map(|(at, merge)| entry(merge, at));
+        let mut heap = BinaryHeap::from(offers.collect::<Vec<_>>());
         let offer = |heap: &mut BinaryHeap<_>, left, right, at: usize| {
             let merge = self.merged(left, right);
             if merge != NONE {
-                heap.push(Reverse((merge, at as u32)));
+                heap.push(entry(merge, at));
             }
         };
-        for at in 1..cells.len() {
-            offer(&mut heap, cells[at - 1], cells[at], at - 1);
-        }
         let width = |id: u32| self.tokens.key(id as usize).len();
-        while let Some(Reverse((merge, at))) = heap.pop() {
-            let at = at as usize;
+        while let Some(Reverse(entry)) = heap.pop() {
+            let (merge, at) = ((entry >> 32) as u32, entry as u32 as usize);
             let (left, right) = self.merges[merge as usize - 256];
             let (middle, end) = (at + width(left), at + width(merge));
             if cells[at] != left || cells.get(middle) != Some(&right) {

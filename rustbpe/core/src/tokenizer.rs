@@ -121,7 +121,12 @@ impl Tokenizer {
     /// The bytes of all `ids`.
     pub fn decode(&self, ids: &[u32]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(ids.len() * 5);
-        ids.iter().for_each(|&id| bytes.extend_from_slice(self.token(id as usize)));
+        for id in ids.iter().map(|&id| id as usize) {
+            match id < self.tokens.len() {
+                true => self.tokens.append(id, &mut bytes),
+                false => bytes.extend_from_slice(self.token(id)),
+            }
+        }
         bytes
     }
 
