@@ -1,8 +1,9 @@
 """Byte-pair encoding: exact training, encoding, decoding, files.
 
-Ids are 0..255 for the bytes, 256.. for the merges in the order learned, then the special tokens. A mistake in a value is
-a ValueError, in a type a TypeError, each with one sentence that names the item; files that cannot be written or read are
-an OSError. Text must be free of lone surrogates. Everything heavy runs with the GIL released; no thread outlives a call.
+Ids are 0..255 for the bytes, 256.. for the merges in the order learned, then the special tokens. A mistake in a value
+is a ValueError, in a type a TypeError, each with one sentence that names the item; files that cannot be written or read
+are an OSError. Text must be free of lone surrogates. Everything heavy runs with the GIL released; no thread outlives a
+call.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -49,8 +50,8 @@ class Tokenizer:
         merges than asked for, because no pair is left, are a UserWarning. Ctrl-C stops the training.
 
         num_threads: default all processors of the process; 1 starts none.
-        memory_limit: bytes for the tables that count pieces. Beyond it they are written, sorted, to files without a name
-        in spill_dir (default: the system's temporary directory), which are merged at the end. Not bounded by it: a
+        memory_limit: bytes for the tables that count pieces. Beyond it they are written, sorted, to files without a
+        name in spill_dir (default: the system's temporary directory), which are merged at the end. Not bounded by it: a
         batch of texts (16 MiB, or one Arrow array), a single piece beyond 4 KiB, and the merging, which holds about 40
         bytes for each byte of the different pieces.
         progress(phase, done, total) hears of "count" in bytes (total 0 while unknown), then of "merge" in merges, at
@@ -129,7 +130,7 @@ class Tokenizer:
         """Return ordinary ids of any bytes, which `decode_bytes` gives back: valid UTF-8 is cut as text, each invalid
         sequence is a piece of its own."""
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Return the text of ids: a list, an array of integers, a tensor, any iterable. `errors` as for bytes.decode."""
+        """Return the text of ids: a list, an array of integers, a tensor, any iterable; `errors` as bytes.decode."""
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids; a special token gives its name."""
     def decode_batch(self, batch: Any, errors: str = "replace", num_threads: int | None = None) -> list[str]:
