@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from kernels.device import pick_tile, tl, triton
+from kernels.device import pick_tile, sm, tl, triton
 from kernels.qk_norm_rope import check_rotary, norm_rope_grad, qk_norm_rope_fwd
 from kernels.registry import KernelError, custom_op
 
@@ -286,7 +286,10 @@ def _flash_dkdv_kernel(q_src, k_src, v_src, dy_src, k_ptr, lse_ptr, delta_ptr, r
 
 def _tile(kernel: str, q: torch.Tensor) -> dict:
     """Return the blocks of one kernel; fp32 on a GPU has no tensor cores and takes small ones, to compare with."""
-    tile = pick_tile(TILES, q.device, q.size(-1) == 64)[kernel]
+    tiles = TILES
+    if (sm(q.device) or 0) >= 120:  # consumer Blackwell has sm89's 99 KiB of shared memory
+        tiles = {key: tile for key, tile in TILES.items() if key[0] < 90}
+    tile = pick_tile(tiles, q.device, q.size(-1) == 64)[kernel]
     if "num_warps" in tile and q.dtype == torch.float32:
         return dict(BM=32, BN=32, num_warps=8, num_stages=1, TMA=False)
     return tile

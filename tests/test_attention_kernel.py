@@ -70,6 +70,14 @@ def test_descriptors_and_pointers_load_the_same(window, monkeypatch):
     assert_same_bits(triton(inputs), pointers)
 
 
+@pytest.mark.parametrize("sm, entry", [(80, 80), (89, 80), (90, 90), (100, 90), (120, 80)])
+def test_a_gpu_gets_blocks_that_fit_its_shared_memory(sm, entry, monkeypatch):
+    monkeypatch.setattr("kernels.device.META_SM", sm)
+    q = torch.empty(1, 8, 2, 128, dtype=torch.bfloat16, device="meta")
+    assert flash._tile("fwd", q) == flash.TILES[entry, False]["fwd"]
+    assert flash._tile("fwd", q.float())["BM"] < flash._tile("fwd", q)["BM"]
+
+
 @pytest.mark.parametrize("D", [64, 128])
 def test_views_of_one_projection_give_the_bits_of_contiguous_inputs(D):
     B, T, H, K = 2, 9, 2, 1
