@@ -277,6 +277,11 @@ def load_checkpoint(path: Path, *, groups: tuple[str, ...] = ("model",), rank: i
     return tensors, state
 
 
+def weights_digest(path: Path) -> str:
+    """Return 16 hexadecimal digits that tell the weights of this checkpoint from any others."""
+    return read_manifest(Path(path))["files"][group_file("model", 0, 1)]["sha256"][:16]
+
+
 def _candidates(folder: Path) -> list[Path]:
     """Return the folder's checkpoint folders, whole or not: newest first, step_N before step_N.old."""
     if not folder.is_dir():

@@ -58,8 +58,8 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
 
     n_steps = args.num_steps if args.num_steps > 0 else max(1, len(train_task) // args.rows_per_step)
     schedule = Schedule(n_steps, warmdown=warmdown, momentum_steps=momentum_steps)
-    identity = {"source": f"{args.source} step {source_state['step']}", "tasks": args.tasks, "sequence_len": T,
-                "rows_per_step": args.rows_per_step}
+    identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
+                "tasks": args.tasks, "sequence_len": T, "rows_per_step": args.rows_per_step}
     trainer = make_trainer(stage, model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
     print0(f"plan: {n_steps:,} steps of {args.rows_per_step} rows from {len(train_task):,} conversations")
     if trainer.restore(args.resume):

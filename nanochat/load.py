@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kernels import KernelConfig, Kernels, resolve
-from nanochat.checkpoint import find_checkpoint, load_checkpoint
+from nanochat.checkpoint import find_checkpoint, load_checkpoint, weights_digest
 from nanochat.common import UserError, base_dir, pick_device, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ def read_stage(stage: str, *, depth: int | None = None, step: int | None = None)
     if state["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise UserError(f"checkpoint {path} was trained with tokenizer {state['tokenizer_fingerprint'][:12]}, "
                         f"{base_dir() / 'tokenizer'} holds {tokenizer.fingerprint[:12]}")
+    state["weights"] = weights_digest(path)
     if state["step"] < state.get("n_steps", 0):
         print0(f"note: stage {stage} is not finished, this is step {state['step']} of {state['n_steps']}")
     return tensors["model"], state, tokenizer

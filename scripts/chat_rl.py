@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
         return {"pass_at_1": passed[0], "pass_at_k": passed}
 
     schedule = Schedule(_num_steps(args), warmdown=1.0, momentum_steps=0)
-    identity = {"source": f"{args.source} step {source_state['step']}", "task": args.task, "problems": args.problems,
+    identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
+                "task": args.task, "problems": args.problems,
                 **rollout_identity(settings)}
     trainer = make_trainer("rl", model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
     finished = trainer.restore(args.resume)

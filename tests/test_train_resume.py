@@ -4,6 +4,7 @@ bit. Two ranks end where one rank with twice the accumulation ends.
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tiny_pipeline import N_STEPS, Crash, assert_same, copy_base_dir, crash_at, outcome, signal_at, train
 
-from nanochat.checkpoint import find_checkpoint
+from nanochat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, weights_digest
 from nanochat.common import Runtime, UserError, base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.load import pick_kernels, stage_folder
@@ -184,6 +185,18 @@ def test_another_run_under_the_same_name_is_refused_by_the_key(reference, workpl
         f"checkpoint {path} was made with {key} = {was}, this run has {now}; resume with the same or move the folder "
         "away")
     assert_same(outcome(stage), reference[1][stage])
+
+
+def test_a_source_trained_anew_is_refused_though_its_step_is_the_same(workplace):
+    folder, _ = workplace()
+    path = find_checkpoint(stage_folder("mid"))
+    tensors, state = load_checkpoint(path, groups=("model", "optim", "rng"))
+    was = weights_digest(path)
+    tensors["model"]["lm_head.weight"] += 1e-3
+    shutil.rmtree(path)
+    now = weights_digest(save_checkpoint(path.parent, state["step"], tensors, state))
+    assert f"was made with source_weights = {was}, this run has {now}" in error_of(train, "sft", folder, "--resume",
+                                                                                    "auto")
 
 
 def test_another_tokenizer_is_refused(workplace):
