@@ -245,8 +245,10 @@ mod tests {
         for texts in texts.chunks(3) {
             counter.add(texts, &mut || true).unwrap();
         }
+        let before: usize = counter.workers.iter().map(|worker| worker.table.spilled).sum();
         let counts = counter.finish(&mut || true).unwrap();
         let (spilled, size, bytes) = (counts.spilled, counts.len(), counts.bytes());
+        assert!(spilled >= before);
         let mut found = BTreeMap::new();
         counts.for_each(&mut |piece, count| assert!(found.insert(piece.to_vec(), count).is_none())).unwrap();
         assert_eq!((found.len(), found.keys().map(Vec::len).sum::<usize>()), (size, bytes));
