@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import harness, results
 from kernels import KernelConfig, KernelUnavailable, registry, resolve
-from kernels.device import peak
+from kernels.device import device_name, peak
 from nanochat.common import UserError, human_bytes, pick_device, run_script
 from nanochat.flags import positive_int
 from nanochat.gpt import GPT, GPTConfig
@@ -280,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
     rows = results.Results(args.rows, harness.environment(device))
     work = workload(args.depth, device, args.tokens, args.micro_batch, args.sequence_len, args.vocab_size)
     if args.best_from:
-        use_best_of(args.best_from, rows.environment["gpu"])
+        use_best_of(args.best_from, device)
     contenders = []
     for name in args.sets:
         contender = enter(name, work, args, rows)
@@ -302,8 +302,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("; ".join(faults))
 
 
-def use_best_of(path: Path, gpu: str) -> None:
+def use_best_of(path: Path, device: torch.device) -> None:
     """Let the preset `best` mean what was fastest in these results, for this process."""
+    gpu = device_name(device) if device.type == "cuda" else device.type
     table = Path(tempfile.mkdtemp(prefix="nanochat-bench-")) / "best.json"
     table.write_text(json.dumps({gpu: results.best_backends(results.load(path)["rows"])}), encoding="utf-8")
     registry.BEST_TABLE = table

@@ -155,7 +155,7 @@ def test_best_is_what_the_given_results_found_fastest(tmp_path, monkeypatch):
     for provider, seconds in (("eager", 1.0), ("sdpa", 2.0)):
         rows.add({"key": f"kernel/attention/{provider}/d20/forward", "op": "attention", "provider": provider,
                   "case": "d20", "passes": "forward", "median_s": seconds, "mad_s": 0.0})
-    bench_train.use_best_of(path, "cpu")
+    bench_train.use_best_of(path, CPU)
     work = tiny_work()
     assert Contender("best", work, "best", False).kernels.names["attention"] == "eager"
 
