@@ -32,7 +32,7 @@ def linear_relu2_eager(x: torch.Tensor, fc: torch.Tensor, proj: torch.Tensor, fc
 # keyed (sm,), BLOCK_N and BLOCK_K in bytes: fp32, which is for checks and has no tensor cores here, takes half as many
 # columns. Not tuned on a GPU yet. GROUP_M rows of tiles share their columns of the weights in L2.
 TILES = {
-    (0,): dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, GROUP_M=2, TMA=True, num_warps=1, num_stages=1),
+    (0,): dict(BLOCK_M=32, BLOCK_N=256, BLOCK_K=128, GROUP_M=3, TMA=True, num_warps=1, num_stages=1),
     (80,): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, TMA=False, num_warps=8, num_stages=4),
     (90,): dict(BLOCK_M=128, BLOCK_N=512, BLOCK_K=128, GROUP_M=8, TMA=True, num_warps=8, num_stages=3),
 }
@@ -178,7 +178,7 @@ def _inputs(case, dtype, device, generator) -> dict:
 OP = declare(Op(
     "linear_relu2",
     cases={"tiny": dict(M=32, C=32, N=64), "odd_7_24_88": dict(M=7, C=24, N=88),
-           "odd_115_40_104": dict(M=115, C=40, N=104), "d12": dict(M=65536, C=768, N=3072),
+           "odd_115_72_136": dict(M=115, C=72, N=136), "d12": dict(M=65536, C=768, N=3072),
            "d20": dict(M=65536, C=1280, N=5120), "d26": dict(M=32768, C=1664, N=6656)},
     make_inputs=_inputs,
     flops=lambda c: 4 * c["M"] * c["C"] * c["N"],
