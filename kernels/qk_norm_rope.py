@@ -4,8 +4,8 @@ Half-split layout: with x = (x1, x2), y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 co
 y / sqrt(mean(y^2) + eps) over D. The order matters only for rounding, a rotation keeps the mean square. One
 definition for training (B, T) rows and for the flat rows of paged decode, so that the two cannot drift apart.
 
-Fused: one launch reads q and k and writes both results, 2 passes of memory where eager makes about 8 (two products,
-sum, concatenation, square, mean, scale). With z the result and r = 1 / rms, backward reads dz and z and writes dx:
+Fused: one launch reads q and k and writes both results, 2 passes of memory where eager in bf16 makes the like of 21
+(products, sums and concatenation in fp32, cast, norm). With z the result and r = 1 / rms, backward reads dz and z and writes dx:
 dx = R^-1 r (dz - z mean(dz z)), R the rotation. z and r (4 bytes a head) are kept, not x: attention keeps z in any
 case, so x is free after the forward pass.
 Numerics: cos and sin are fp32. Eager rounds the rotation before the norm, Triton computes both in fp32 and rounds once.
