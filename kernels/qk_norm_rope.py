@@ -5,9 +5,9 @@ y / sqrt(mean(y^2) + eps) over D. The order matters only for rounding, a rotatio
 definition for training (B, T) rows and for the flat rows of paged decode, so that the two cannot drift apart.
 
 Fused: one launch reads q and k and writes both results, 2 passes of memory where eager in bf16 makes the like of 21
-(products, sums and concatenation in fp32, cast, norm). With z the result and r = 1 / rms, backward reads dz and z and writes dx:
-dx = R^-1 r (dz - z mean(dz z)), R the rotation. z and r (4 bytes a head) are kept, not x: attention keeps z in any
-case, so x is free after the forward pass.
+(products, sums and concatenation in fp32, cast, norm). With z the result and r = 1 / rms, backward reads dz and z and
+writes dx = R^-1 r (dz - z mean(dz z)), R the rotation. z and r (4 bytes a head) are kept, not x: attention keeps z in
+any case, so x is free after the forward pass.
 Numerics: cos and sin are fp32. Eager rounds the rotation before the norm, Triton computes both in fp32 and rounds once.
 Source: nanochat (Nov 2025). Limits of Triton: D even and at most 256.
 """
