@@ -68,14 +68,21 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, progress: Callable[[str, int, int], None] | None = None,
-              num_threads: int | None = None) -> "Tokenizer":
+              num_threads: int | None = None, memory_limit: int | None = None) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` ids, special tokens included, from an iterable of texts.
 
         `progress(phase, done, total)` hears of "count" (bytes, total 0 while unknown) and "merge" (merges), at most
-        ten times a second. Warns when the texts have too few different pairs to fill the vocabulary.
+        ten times a second. memory_limit: bytes for the counts of pieces, beyond which they go to temporary files; the
+        vocabulary is the same. Warns when the texts have too few different pairs to fill the vocabulary.
         """
         return cls(_checked(_extension().train, texts, vocab_size, SPECIAL_TOKENS, num_threads=num_threads,
-                            progress=progress))
+                            memory_limit=memory_limit, progress=progress))
+
+    @property
+    def training_report(self) -> dict | None:
+        """Return documents, bytes, unique_pieces, merges, asked_merges, spilled_runs and seconds by phase of the
+        training that made this object; None when it was read from a file."""
+        return self._core.report
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "Tokenizer":

@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 from tqdm import tqdm
 
+from nanochat import flags
 from nanochat.common import UserError, base_dir, run_script
 from nanochat.dataset import iter_texts, open_dataset
 from nanochat.report import Report
@@ -30,6 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="characters of text to learn from (default: 2e9)")
     parser.add_argument("--doc-cap", type=int, default=10_000, metavar="N",
                         help="characters taken of one document (default: 10000)")
+    parser.add_argument("--memory-limit", type=flags.positive_int, default=None, metavar="MB",
+                        help="memory for counting pieces, beyond which counts go to temporary files (default: none)")
     return parser.parse_args(argv)
 
 
@@ -54,32 +57,19 @@ class Progress:
             self.bar.close()
 
 
-class Seen:
-    """The texts of an iterator, counted as they pass."""
-
-    def __init__(self, texts):
-        self.texts, self.documents, self.chars, self.bytes = texts, 0, 0, 0
-
-    def __iter__(self):
-        for text in self.texts:
-            self.documents += 1
-            self.chars += len(text)
-            self.bytes += len(text.encode())
-            yield text
-
-
 def main(args: argparse.Namespace) -> None:
     for flag, value in (("--max-chars", args.max_chars), ("--doc-cap", args.doc_cap)):
         if not 1 <= value < float("inf"):
             raise UserError(f"{flag} must be at least 1, got {value:g}")
     dataset = open_dataset(args.data)
-    seen = Seen(iter_texts(dataset, "train", max_chars=int(args.max_chars), doc_cap=args.doc_cap))
+    texts = iter_texts(dataset, "train", max_chars=int(args.max_chars), doc_cap=args.doc_cap)
+    limit = args.memory_limit and args.memory_limit * 1_000_000
     progress = Progress()
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            tokenizer = Tokenizer.train(seen, args.vocab_size, progress)
+            tokenizer = Tokenizer.train(texts, args.vocab_size, progress, memory_limit=limit)
         finally:
             progress.close()
     seconds = time.perf_counter() - start
@@ -91,18 +81,22 @@ def main(args: argparse.Namespace) -> None:
     path = tokenizer.save(base_dir() / "tokenizer")
 
     lengths = tokenizer.token_bytes()[:-len(SPECIAL_TOKENS)].astype(np.float64)
+    report = tokenizer.training_report
+    phases = ", ".join(f"{phase} {spent:.2f}" for phase, spent in report["seconds"].items())
     facts = {
-        "Data": dataset.name, "Documents": seen.documents, "Characters": seen.chars, "Bytes": seen.bytes,
+        "Data": dataset.name, "Documents": report["documents"], "Bytes": report["bytes"],
+        "Different pieces": report["unique_pieces"], "Runs spilled to disk": report["spilled_runs"],
         "Characters taken of one document, at most": args.doc_cap,
         "Vocabulary": tokenizer.vocab_size, "Special tokens": len(SPECIAL_TOKENS),
-        "Seconds": round(seconds, 2), "MB per second": round(seen.bytes / seconds / 1e6, 1),
+        "Seconds": round(seconds, 2), "Seconds by phase": phases,
+        "MB per second": round(report["bytes"] / seconds / 1e6, 1),
         "Bytes per token in the vocabulary": f"min {lengths.min():.0f}, mean {lengths.mean():.2f}, "
                                              f"max {lengths.max():.0f}, std {lengths.std():.2f}",
         "Fingerprint": tokenizer.fingerprint,
         **({"Note": "; ".join(notes)} if notes else {}),
     }
-    print(f"trained a vocabulary of {tokenizer.vocab_size:,} tokens on {seen.documents:,} documents "
-          f"({seen.bytes / 1e6:,.1f} MB) in {seconds:.1f} s: {path}")
+    print(f"trained a vocabulary of {tokenizer.vocab_size:,} tokens on {report['documents']:,} documents "
+          f"({report['bytes'] / 1e6:,.1f} MB) in {seconds:.1f} s: {path}")
     Report().section("Tokenizer training", facts)
 
 

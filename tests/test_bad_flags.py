@@ -103,7 +103,7 @@ def test_an_unknown_flag_is_named(run, monkeypatch, capsys, program):
 
 
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in ("dataset", "tok_train", "tok_eval",
-                                                                               "report")])
+                                                                               "tok_export", "report")])
 def test_an_unknown_kernel_is_named_by_every_program_with_a_model(run, monkeypatch, capsys, program):
     needed = {"base_train": [*BASE, "--data", "TEXTS"], "chat_eval": ["sft"], "chat_cli": ["-p", "hello"]}
     argv = [*needed.get(program, []), "--device", "cpu", "--kernels", "flashattention=triton"]

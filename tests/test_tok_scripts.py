@@ -1,5 +1,6 @@
 """scripts.tok_train and scripts.tok_eval on a small folder of text."""
 
+import itertools
 import json
 
 import pytest
@@ -41,14 +42,29 @@ def test_training_saves_a_tokenizer_and_reports_it(data, own_base_dir):
     assert tokenizer.vocab_size == facts["Vocabulary"] == 300
     assert tokenizer.fingerprint == facts["Fingerprint"] == Tokenizer.train(texts, 300).fingerprint
     assert facts["Documents"] == len(texts)
-    assert facts["Bytes"] == facts["Characters"] == sum(map(len, texts))
+    assert facts["Bytes"] == sum(map(len, texts))
+    assert facts["Different pieces"] > 50 and facts["Runs spilled to disk"] == 0
+    assert facts["Seconds by phase"].startswith("read 0.") and ", merge 0." in facts["Seconds by phase"]
     assert "Note" not in facts
+
+
+def test_a_memory_limit_changes_where_counts_are_kept_and_not_the_vocabulary(tmp_path, own_base_dir):
+    words = tmp_path / "words"
+    words.mkdir()
+    every = ["".join(letters) for letters in itertools.product("abcdefghijklmn", repeat=4)]
+    for i in range(4):  # 38,416 different pieces do not fit 1 MB of counts
+        text = " ".join(word + "ing" for word in every[i::4])
+        (words / f"{i}.txt").write_text(text, encoding="utf-8")
+    prepare(str(words))
+    without = train(str(words), "--doc-cap", "1000000").fingerprint
+    assert train(str(words), "--doc-cap", "1000000", "--memory-limit", "1").fingerprint == without
+    assert section(own_base_dir, "tokenizer-training")["Runs spilled to disk"] > 0
 
 
 def test_only_the_head_of_a_document_and_max_chars_of_the_data_are_learned_from(data, own_base_dir):
     tokenizer = train(data, "--doc-cap", "100", "--max-chars", "1e3")
     heads = [text[:100] for text in iter_texts(prepare(data), "train")][:10]
-    assert section(own_base_dir, "tokenizer-training")["Characters"] == 1000
+    assert section(own_base_dir, "tokenizer-training")["Bytes"] == 1000
     assert tokenizer.fingerprint == Tokenizer.train(heads, 300).fingerprint
 
 
