@@ -75,6 +75,14 @@ def test_small_factors_do_not_reach_the_narrow_gradient_of_the_logits():
     assert (w.grad - wide_w.grad).norm() < 1e-2 * wide_w.grad.norm()
 
 
+def test_the_upstream_factor_is_not_rounded_to_the_gradients_dtype():
+    x, w, targets = inputs(torch.bfloat16)
+    whole, third = (torch.autograd.grad(cross_entropy_triton(x, w, targets, reduction="sum") * scale, (x, w))
+                    for scale in (1.0, 1 / 3))
+    for one, scaled in zip(whole, third, strict=True):
+        assert torch.equal(scaled, (one.float() * torch.tensor(1 / 3)).to(one.dtype))
+
+
 class Operators(TorchDispatchMode):
     def __init__(self):
         super().__init__()
