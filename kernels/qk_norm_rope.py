@@ -249,7 +249,7 @@ OP = declare(Op(
     "qk_norm_rope",
     cases={"tiny": dict(B=2, T=16, H=2, K=2, D=64), "odd_T63_gqa": dict(B=1, T=63, H=4, K=2, D=64),
            "one_token": dict(B=1, T=1, H=2, K=1, D=128), "odd_rows_D80": dict(B=None, T=5, H=3, K=1, D=80),
-           "small_values": dict(B=1, T=3, H=1, K=1, D=64, std=1e-3),  # eps is a tenth of the mean square
+           "small_values": dict(B=1, T=3, H=1, K=1, D=64, std=1e-2),  # eps is 1e-3 of the mean square
            "d12": dict(B=32, T=2048, H=6, K=6, D=128), "d20": dict(B=32, T=2048, H=10, K=10, D=128),
            "d26": dict(B=16, T=2048, H=13, K=13, D=128), "d20_decode_64": dict(B=None, T=64, H=10, K=10, D=128)},
     make_inputs=_inputs,
