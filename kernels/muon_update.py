@@ -51,7 +51,7 @@ def shape_scale(bank: torch.Tensor) -> float:
 
 # keyed (sm,); not tuned on a GPU yet: square tiles, so that a transposed one is read and written in whole lines
 TILES = {
-    (0,): dict(BLOCK=16, num_warps=1),
+    (0,): dict(BLOCK=32, num_warps=1),
     (80,): dict(BLOCK=64, num_warps=8),
 }
 
@@ -176,7 +176,7 @@ def _elements(case) -> int:
 
 OP = declare(Op(
     "muon_update",
-    cases={"tiny": dict(banks=((2, 32, 32),)), "odd_shared": dict(banks=((3, 40, 17), (2, 17, 40))),
+    cases={"tiny": dict(banks=((2, 40, 40),)), "odd_shared": dict(banks=((3, 40, 17), (2, 17, 40))),
            "odd_tall": dict(banks=((1, 33, 20),)), "d20_square": dict(banks=((80, 1280, 1280),)),
            "d12": dict(banks=((12, 3072, 768), (12, 768, 3072))),
            "d20": dict(banks=((20, 5120, 1280), (20, 1280, 5120))),

@@ -53,7 +53,7 @@ def newton_schulz_eager(g: torch.Tensor, coefficients: tuple = QUINTIC,
 # Below MIN_ROWS, or with fewer than MIN_TILES tiles (one per SM), cuBLAS is as fast or faster (flash-muon at 1,024
 # unbatched: 0.90x): torch does those.
 TILES = {
-    (0,): dict(SYMMETRIC=16, PRODUCT=(32, 32), K_BYTES=128, MIN_ROWS=0, MIN_TILES=0, num_warps=4, num_stages=1),
+    (0,): dict(SYMMETRIC=32, PRODUCT=(32, 64), K_BYTES=256, MIN_ROWS=0, MIN_TILES=0, num_warps=4, num_stages=1),
     (80,): dict(SYMMETRIC=128, PRODUCT=(128, 128), K_BYTES=64, MIN_ROWS=512, MIN_TILES=108, num_warps=8, num_stages=4),
     (90,): dict(SYMMETRIC=128, PRODUCT=(128, 256), K_BYTES=128, MIN_ROWS=512, MIN_TILES=132, num_warps=8, num_stages=3),
 }
@@ -237,8 +237,8 @@ def _flops(case) -> float:
 OP = declare(Op(
     "newton_schulz",
     # three steps are one of each kind in Gram form; the interpreter takes a second per step
-    cases={"tiny": dict(N=2, m=24, n=24, steps=2), "odd": dict(N=2, m=17, n=40, steps=3),
-           "odd_three_tiles": dict(N=1, m=37, n=50, steps=2), "one": dict(N=1, m=16, n=64),
+    cases={"tiny": dict(N=2, m=40, n=40, steps=2), "odd": dict(N=2, m=17, n=72, steps=3),
+           "odd_six_tiles": dict(N=1, m=67, n=75, steps=2), "one": dict(N=1, m=16, n=64),
            "d12": dict(N=24, m=768, n=3072), "d20_square": dict(N=80, m=1280, n=1280),
            "d20": dict(N=40, m=1280, n=5120), "d26": dict(N=52, m=1664, n=6656)},
     make_inputs=_inputs,
