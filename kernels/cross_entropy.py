@@ -43,7 +43,7 @@ def softcapped_logits(x: torch.Tensor, w: torch.Tensor, softcap: float = 15.0) -
 # 335 MB at d20) is read and written once per chunk. A program does one row in blocks of 16 columns per thread: a whole
 # row in registers spills.
 TILES = {
-    (0,): dict(ROWS=4, BLOCK_V=32, num_warps=1),
+    (0,): dict(ROWS=4, BLOCK_V=64, num_warps=1),
     (80,): dict(ROWS=8192, BLOCK_V=4096, num_warps=8),
 }
 
