@@ -65,7 +65,7 @@ def interpreter_on() -> bool:
 
 
 def sm_count(device: torch.device) -> int:
-    """Return how many multiprocessors there are to fill; 132 for meta tensors (H100 and H200), 4 for the interpreter."""
+    """Return how many multiprocessors there are to fill: 132 for meta tensors (H100, H200), 4 for the interpreter."""
     if device.type != "cuda":
         return 132 if device.type == "meta" else 4
     return torch.cuda.get_device_properties(device).multi_processor_count
