@@ -61,7 +61,7 @@ case "$preset" in
 esac
 if [ "$preset" = tiny ]; then
     data="${data:-builtin}"
-    base_flags=(--sequence-len 256 --device-batch-size 8 --total-batch-size 2048 --num-steps 250
+    base_flags=(--sequence-len 256 --device-batch-size 8 --total-batch-size 2048 --num-steps 225
         --eval-every 50 --eval-tokens 20480 --save-every 50)
     mid_flags=(--device-batch-size 8 --rows-per-step 8 --num-steps 80 --eval-every 40 --save-every 40)
     sft_flags=(--device-batch-size 24 --rows-per-step 24 --num-steps 200 --lr-scale 0.5 --eval-every 100 --save-every 50)
