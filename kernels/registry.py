@@ -254,7 +254,7 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype, shap
 
     Raises KernelUnavailable when a backend that the user named, in a pair or by preset, does not run here.
     """
-    names, notes = {}, []
+    names, notes, passed_over = {}, [], {}
     measured = _measured_choices(config, device) if config.preset == "best" else {}
     if config.preset == "triton" and not any("triton" in backends for backends in BACKENDS.values()):
         raise KernelUnavailable(f"--kernels {config.text}: no op has a triton backend in this version; "
@@ -266,8 +266,9 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype, shap
             continue
         wanted = config.chosen.get(op) or measured.get(op) or _preset_choice(config.preset, op)
         if wanted == "auto":
-            wanted, passed_over = _automatic(op, device, dtype, shapes)
-            notes += passed_over
+            wanted, better = _automatic(op, device, dtype, shapes)
+            for pair, reason in better:
+                passed_over.setdefault(reason, []).append(pair)
         elif reason := why_not(BACKENDS[op][wanted], device, dtype, shapes):
             usable = [n for n, b in BACKENDS[op].items() if why_not(b, device, dtype, shapes) is None]
             raise KernelUnavailable(f"--kernels {op}={wanted}: {reason}. Available here: {', '.join(usable)}. "
@@ -280,6 +281,7 @@ def resolve(config: KernelConfig, device: torch.device, dtype: torch.dtype, shap
         if named:
             notes.append(f"kernels: {op}=eager, because {op}={wanted} would not call {named[0]}")
             names[op] = "eager"
+    notes += [f"kernels: auto passed over {', '.join(pairs)}: {reason}" for reason, pairs in passed_over.items()]
     bound = {op: _bind(op, names) for op in op_fields}
     return Kernels(**bound, names=names, notes=tuple(notes), requested=config.text)
 
@@ -308,19 +310,19 @@ def _measured_choices(config: KernelConfig, device: torch.device) -> dict[str, s
     return tables[name]
 
 
-def _automatic(op: str, device: torch.device, dtype, shapes) -> tuple[str, list[str]]:
-    """Return the best available backend and a line for each better one that does not run here.
+def _automatic(op: str, device: torch.device, dtype, shapes) -> tuple[str, list[tuple[str, str]]]:
+    """Return the best available backend, and (op=backend, reason) of each better one that does not run here.
 
     An interpreted kernel is never taken here: it is about 1000x slower and must be asked for by name.
     """
-    notes = []
+    passed_over = []
     for backend in sorted(BACKENDS[op].values(), key=lambda b: b.rank):
         reason = why_not(backend, device, dtype, shapes)
         if reason is None and "triton" in backend.needs and device.type != "cuda":
             reason = "auto never takes an interpreted kernel"
         if reason is None:
-            return backend.name, notes
-        notes.append(f"kernels: auto passed over {op}={backend.name}: {reason}")
+            return backend.name, passed_over
+        passed_over.append((f"{op}={backend.name}", reason))
     raise KernelUnavailable(f"--kernels {op}=auto: no backend runs here")
 
 

@@ -1,4 +1,5 @@
-"""Try mutants of kernels/ one by one: python tests/mutant_worker.py 0 3 7 ..., a line of JSON [index, killed by] each.
+"""Try mutants of kernels/ one by one: python tests/mutant_worker.py 0 3 7 ..., a line of JSON [index, killed by] each;
+--table writes docs/mutants.md from all of them.
 
 A mutant may write anywhere in memory, so each gets a process of its own, forked from this one, where everything is
 imported. All op files are imported afresh around the changed one, their operators in a namespace of
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +73,8 @@ def attempt(file: str, old: str, new: str, op: str, results) -> None:
     os._exit(0)
 
 
-def main(indices: list[int]) -> None:
+def attempts(indices: list[int]) -> Iterator[tuple[int, str | None]]:
+    """Yield (index, what killed the mutant or None) one by one."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
     torch.set_num_threads(1)  # a forked child must not wait for threads that it does not have
@@ -94,9 +97,24 @@ def main(indices: list[int]) -> None:
                 child.join()
                 killed_by = f"it died of signal {-child.exitcode}" if child.exitcode < 0 else "error"
         child.kill()
-        print(json.dumps([index, killed_by]), flush=True)
+        yield index, killed_by
+
+
+def write_table(path: Path) -> None:
+    """Write every mutant and the parity case that finds it."""
+    mutants = load_mutants()
+    rows = [f"| {mutants[i][4]} | {mutants[i][3]} | {killed_by} |" for i, killed_by in attempts(range(len(mutants)))]
+    head = ["# Mutants of the kernels", "",
+            "Mistakes made on purpose in the shipped sources, and the first parity case in fp32 that finds each. By",
+            "`python tests/mutant_worker.py --table`; `tests/test_kernel_mutants.py` demands that all are found.", "",
+            "| op | mistake | found by |", "|---|---|---|"]
+    path.write_text("\n".join([*head, *rows, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    main([int(word) for word in sys.argv[1:]])
+    if sys.argv[1:] == ["--table"]:
+        write_table(ROOT / "docs/mutants.md")
+    else:
+        for result in attempts([int(word) for word in sys.argv[1:]]):
+            print(json.dumps(result), flush=True)

@@ -54,6 +54,11 @@ def test_unchanged_source_passes(monkeypatch, tmp_path):
     assert attempt([0])[0][0] is None
 
 
+def test_the_list_in_docs_is_of_these_mutants():
+    listed = (ROOT / "docs/mutants.md").read_text(encoding="utf-8")
+    assert not [m[3] for m in MUTANTS if f"| {m[4]} | {m[3]} |" not in listed]
+
+
 def test_every_op_in_triton_has_its_mutants():
     count = Counter(mutant[4] for mutant in MUTANTS)
     for op, backends in BACKENDS.items():

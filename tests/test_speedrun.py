@@ -60,7 +60,7 @@ def test_runs_every_stage_in_order_once_and_tells_how_to_chat(checkout):
     first = speedrun(checkout)
     assert first.returncode == 0, first.stderr
     assert programs(checkout) == STAGES
-    assert "scripts.chat_cli -p" in first.stdout and "10 minutes on two idle cores, 0 dollars" in first.stdout
+    assert "scripts.chat_cli -p" in first.stdout and "9 minutes on two idle cores, 0 dollars" in first.stdout
     rows = [json.loads(line) for line in (checkout / "base/report/timing.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows][:4] == ["dataset", "tok-train", "tok-eval", "base-train"]
     assert len(rows) == len(STAGES) and all(row["seconds"] >= 0 for row in rows)
