@@ -32,6 +32,7 @@ def results(request):
     return attempt(chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[f"{m[4]}: {m[3]}" for m in MUTANTS])
 def test_parity_finds_the_mistake(index, results, record_property):
     file, old, _, wrong, _ = MUTANTS[index]
