@@ -122,8 +122,7 @@ def corpus_file(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    # With special tokens: without any, tiktoken's search for them finds the empty string everywhere, which takes it
-    # from 14 to 8 MB per second of processor time.
+    # With special tokens: without any, tiktoken's search for them finds the empty string everywhere and slows it down.
     return rustbpe.Tokenizer.train(corpus, VOCAB_SIZE, list(SPECIAL_TOKENS))
 
 

@@ -125,7 +125,7 @@ def _trace(op: Op, backend: str, case, dtype: torch.dtype) -> None:
 
 def _row(op: str, sm: int, compiled) -> Row:
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    registers, spilled = _resources(ptx, sm)
+    registers, spilled = _resources(compiled.asm["cubin"])
     source = compiled.src
     types = [t for t in source.signature.values() if t != "constexpr"]
     names = source.fn.arg_names
@@ -135,18 +135,17 @@ def _row(op: str, sm: int, compiled) -> Row:
                ptx.count("cp.async.bulk.tensor"), len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg", ptx)))
 
 
-def _resources(ptx: str, sm: int) -> tuple[int, int]:
-    """Return registers and spilled bytes (stores) per thread, by ptxas' own words."""
-    from triton.backends.nvidia.compiler import get_ptxas
-    ptxas = get_ptxas(sm)
-    path = ptxas.path if hasattr(ptxas, "path") else ptxas[0]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers and bytes of stack per thread of the very binary that would be launched.
+
+    Spilled registers are what stands on the stack.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
-        said = subprocess.run([path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"], capture_output=True,
-                              text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+        said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+                              capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", said)[1]), int(re.search(r"STACK:(\d+)", said)[1])
 
 
 def compile_all(ops: list[str], sms: list[int], dtype: torch.dtype = torch.bfloat16) -> list[Row]:

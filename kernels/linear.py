@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels.registry import KernelError, Op, callable_of, declare, register
+from kernels.registry import KernelError, Op, callable_of, declare, misfit, register
 
 # M rows, C input dim, N output dim
 
@@ -60,27 +60,23 @@ def _scaled_mm(a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale:
 
 # Behind eager for auto: it changes the numbers, so it is asked for by name (--fp8).
 @register("linear", "fp8", needs=("fp8",), uses=("fp8_cast",), rank=200, sqnr=(18.0, 17.0),
-          check=lambda shapes: _misfit("n_embd", shapes["n_embd"]))
+          check=lambda shapes: misfit("n_embd", shapes["n_embd"], 16))
 def linear_fp8(x: torch.Tensor, w: torch.Tensor, codes: tuple | None = None, *, fp8_cast: Callable) -> torch.Tensor:
     """Multiply by w's codes = fp8_cast(w); a layer that comes without them is none of FP8_LAYERS and runs as eager."""
     if codes is None:
         return linear_eager(x, w)
-    for rule in (_misfit("C", w.size(1)), _misfit("N", w.size(0))):
+    for rule in (misfit("C", w.size(1), 16), misfit("N", w.size(0), 16)):
         if rule:
             raise KernelError(f"linear[fp8]: {rule} (w is {tuple(w.shape)}, {w.dtype})")
     y = _Fp8Linear.apply(x.reshape(-1, x.size(-1)), w, *codes, fp8_cast, torch.is_grad_enabled())
     return y.view(*x.shape[:-1], w.size(0))
 
 
-def _misfit(name: str, size: int) -> str | None:
-    return f"{name} must be a multiple of 16, got {size}" if size % 16 else None
-
-
 def _inputs(case, dtype, device, generator) -> dict:
     x = torch.randn(case["M"], case["C"], generator=generator).to(device, dtype)
     w = torch.randn(case["N"], case["C"], generator=generator).to(device) * case["C"] ** -0.5
     w = w.to(torch.promote_types(dtype, torch.float32))
-    codes = None if _misfit("", case["N"]) else callable_of("fp8_cast", "eager")(w)
+    codes = None if case["N"] % 16 else callable_of("fp8_cast", "eager")(w)
     return {"x": x, "w": w, "codes": codes}
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.device import pick_tile, sm_count, tl, triton
-from kernels.registry import KernelError, Op, custom_op, declare, register
+from kernels.registry import KernelError, Op, custom_op, declare, misfit, register
 
 # M rows, C input dim, N hidden dim, O output dim (C in the model); fc (N, C), proj (O, N)
 
@@ -150,21 +150,17 @@ _linear_relu2_fwd.register_autograd(lambda ctx, dy, _: _linear_relu2_bwd(dy, *ct
 # Behind eager for auto: the epilogue pays only where this GEMM reaches at least 3/4 of the vendor's speed (13 ms of a
 # d20 step at 9/10 of it, 2 ms at 3/4), which is not measured yet.
 @register("linear_relu2", "triton", needs=("triton",), rank=110, dtypes=(torch.float32, torch.bfloat16),
-          bypasses=("linear", "relu2"), check=lambda shapes: _misfit("n_embd", shapes["n_embd"], 8))
+          bypasses=("linear", "relu2"), check=lambda shapes: misfit("n_embd", shapes["n_embd"], 8))
 def linear_relu2_triton(x: torch.Tensor, fc: torch.Tensor, proj: torch.Tensor, fc_codes: tuple | None = None,
                         proj_codes: tuple | None = None) -> torch.Tensor:
     """Our kernels; x (..., C) of any strides. Codes are refused: this backend multiplies in x's dtype."""
     step = 16 // x.element_size()
     for name, size in (("C", fc.size(1)), ("N", fc.size(0)), ("O", proj.size(0))):
-        if rule := _misfit(name, size, step):
+        if rule := misfit(name, size, step):
             raise KernelError(f"linear_relu2[triton]: {rule} (x is {tuple(x.shape)}, {x.dtype})")
     if fc_codes is not None or proj_codes is not None:
         raise KernelError("linear_relu2[triton]: weights must be given without fp8 codes; use linear_relu2=eager")
     return _linear_relu2_fwd(x, fc, proj)[0]
-
-
-def _misfit(name: str, size: int, step: int) -> str | None:
-    return f"{name} must be a multiple of {step}, got {size}" if size % step else None
 
 
 def _inputs(case, dtype, device, generator) -> dict:

@@ -121,6 +121,11 @@ def custom_op(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Calla
     return add
 
 
+def misfit(name: str, size: int, step: int) -> str | None:
+    """Return the broken rule in words when `size` is no multiple of `step`, else None."""
+    return f"{name} must be a multiple of {step}, got {size}" if size % step else None
+
+
 def declare(op: Op) -> Op:
     """Add the description of an op whose backends are registered."""
     if op.name not in BACKENDS:

@@ -101,7 +101,7 @@ def _signed(word: int) -> int:
 # --- Triton ---------------------------------------------------------------------------------------
 
 # keyed (sm,); not tuned on a GPU yet
-TILES = {(0,): dict(BLOCK_V=32, num_warps=1), (80,): dict(BLOCK_V=4096, num_warps=8)}
+TILES = {(0,): dict(BLOCK_V=32, num_warps=1), (80,): dict(BLOCK_V=2048, num_warps=8)}
 
 
 @triton.jit
@@ -141,6 +141,20 @@ def _mass(row_ptr, V, temperature, top, floor, threshold, BLOCK_V: tl.constexpr)
 
 
 @triton.jit
+def _threshold(row_ptr, V, temperature, top, floor, goal, BY_MASS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return the largest key at or above which lie at least `goal` tokens, or that much of the mass, bit by bit."""
+    threshold = tl.zeros((), tl.int64)
+    for i in range(32):
+        candidate = threshold + (tl.full((), 1, tl.int64) << (31 - i))
+        count, mass = _mass(row_ptr, V, temperature, top, floor, candidate, BLOCK_V)
+        if BY_MASS:
+            threshold = tl.where(mass >= goal, candidate, threshold)
+        else:
+            threshold = tl.where(count >= goal, candidate, threshold)
+    return threshold
+
+
+@triton.jit
 def _sample_kernel(logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, ids_ptr,
                    log_probs_ptr, V, BLOCK_V: tl.constexpr):
     r = tl.program_id(0)
@@ -160,34 +174,23 @@ def _sample_kernel(logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
 
     k = tl.minimum(tl.load(top_k_ptr + r), V)
     if (k > 0) & (greedy == 0):
-        threshold = tl.zeros((), tl.int64)
-        for i in range(32):
-            candidate = threshold + (tl.full((), 1, tl.int64) << (31 - i))
-            count, mass = _mass(row_ptr, V, temperature, top, floor, candidate, BLOCK_V)
-            threshold = tl.where(count >= k, candidate, threshold)
-        floor = threshold
+        floor = _threshold(row_ptr, V, temperature, top, floor, k, False, BLOCK_V)
     p = tl.load(top_p_ptr + r)
     if (p < 1) & (greedy == 0):
-        count, total = _mass(row_ptr, V, temperature, top, floor, floor, BLOCK_V)
-        threshold = tl.zeros((), tl.int64)
-        for i in range(32):
-            candidate = threshold + (tl.full((), 1, tl.int64) << (31 - i))
-            count, mass = _mass(row_ptr, V, temperature, top, floor, candidate, BLOCK_V)
-            threshold = tl.where(mass >= p * total, candidate, threshold)
-        floor = tl.maximum(floor, threshold)
+        count, kept = _mass(row_ptr, V, temperature, top, floor, floor, BLOCK_V)
+        floor = tl.maximum(floor, _threshold(row_ptr, V, temperature, top, floor, p * kept, True, BLOCK_V))
     smallest = tl.where(greedy, 0.0, tl.load(min_p_ptr + r))
     floor = tl.maximum(floor, _sort_key(top + tl.log(smallest)))
-    count, total = _mass(row_ptr, V, temperature, top, floor, floor, BLOCK_V)
+    total = tl.zeros((), tl.float64)
+    for start in range(0, V, BLOCK_V):
+        ids, x = _load_scaled(row_ptr, start, V, temperature, floor, BLOCK_V)
+        total += tl.sum(tl.exp(x - top).to(tl.float64), axis=0)
 
     chosen = best
     if greedy == 0:
         word = _finalizer(_finalizer(tl.load(seed_ptr + r)) + tl.load(position_ptr + r))
         u = ((word >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
-        sum64 = tl.zeros((), tl.float64)
-        for start in range(0, V, BLOCK_V):
-            ids, x = _load_scaled(row_ptr, start, V, temperature, floor, BLOCK_V)
-            sum64 += tl.sum(tl.exp(x - top).to(tl.float64), axis=0)
-        goal = u * sum64
+        goal = u * total
         before = tl.zeros((), tl.float64)
         chosen, last = V, 0
         for start in range(0, V, BLOCK_V):
@@ -200,7 +203,7 @@ def _sample_kernel(logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
         chosen = tl.where(chosen < V, chosen, last)  # u times the sum may round up to the sum
     x = tl.load(row_ptr + chosen) / temperature
     tl.store(ids_ptr + r, chosen.to(tl.int64))
-    tl.store(log_probs_ptr + r, x - top - tl.log(total))
+    tl.store(log_probs_ptr + r, x - top - tl.log(total.to(tl.float32)))
 
 
 def _fake(logits, temperature, top_k, top_p, min_p, seed, position) -> tuple[torch.Tensor, torch.Tensor]:

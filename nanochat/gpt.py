@@ -207,9 +207,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, kernels: Kernels, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.kernels, self.dtype = config, kernels, dtype
-        wte = config.vocab_size, config.n_embd
+        shape = config.vocab_size, config.n_embd
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(*wte, _weight=torch.empty(wte)),
+            "wte": nn.Embedding(*shape, _weight=torch.empty(shape)),
             "h": nn.ModuleList([Block(config, layer, kernels) for layer in range(config.n_layer)]),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, kernels)

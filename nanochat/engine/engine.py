@@ -158,9 +158,9 @@ class Engine:
     def step(self) -> None:
         """Compute up to step_tokens known tokens and draw the next one of every row that has none left."""
         start = time.perf_counter()
-        for request in {row.request for row in (*self.running, *self.waiting)}:
-            if time.monotonic() >= request.deadline:
-                self.abort(request, "timeout")
+        now = time.monotonic()
+        for request in {row.request for row in (*self.running, *self.waiting) if now >= row.request.deadline}:
+            self.abort(request, "timeout")
         with torch.inference_mode():
             plan = self.scheduler.plan()
             if plan.counts:
@@ -223,6 +223,8 @@ class Engine:
         return self.pool.pages_for(request.limit - 1)
 
     def _retire(self, rows: list[Row]) -> None:
+        if not rows:
+            return
         self.scheduler.drop(set(rows))
         self._counts["tokens"] += sum(len(row.mask) for row in rows)
         self._counts["requests"] += len({row.request for row in rows if row.request.done})

@@ -39,7 +39,8 @@ class Scheduler:
         plan, budget = Plan(), self.max_tokens
         for row in sorted(self.running, key=lambda row: row.is_prefill):  # stable: oldest first among equals
             n = min(row.pending, budget)
-            if n and row in self.running and self._make_room(row, n, plan):
+            # A running row has pages, unless one before it has just taken them.
+            if n and row.pages and self._make_room(row, n, plan):
                 plan.counts[row] = n
                 budget -= n
         while self.waiting and budget and len(self.running) < self.max_batch:
