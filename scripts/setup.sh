@@ -2,6 +2,7 @@
 # Make .venv ready: python packages, torch, triton and our rustbpe. Safe to run at any time, from any directory.
 #
 #     bash scripts/setup.sh          # does what is missing; milliseconds when nothing changed
+#     bash scripts/setup.sh --tests  # and what only the tests import (scripts/test.lock)
 #     PYTHON=python3.12 bash scripts/setup.sh
 #
 # Packages come from scripts/requirements.lock, exact and hashed. torch and triton are ranges: a torch that the
@@ -11,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PATH=${PATH//"$PWD/.venv/bin:"/}  # an activated .venv must not become the python that .venv is made with
-stamp=.venv/.setup-stamp
+stamp=.venv/.setup-stamp tests_stamp=.venv/.tests-stamp
 py=.venv/bin/python
 
 say() { echo "setup: $*"; }
@@ -155,31 +156,46 @@ print(f"setup: python {sys.version.split()[0]}, torch {torch.__version__}, trito
 PY
 }
 
+set_up() {
+    rm -f "$stamp"
+    make_venv
+    local target
+    target=$(state_hash)  # before the work: a source edited during it must not count as built
+    install_packages
+    install_peers
+    build_rustbpe
+    check_imports
+    echo "$target" >"$stamp.new"
+    mv "$stamp.new" "$stamp"
+}
+
+# pip keeps what is there, so packages of an earlier test.lock stay; a new .venv begins without the stamp.
+tests_are_current() { [ -f "$tests_stamp" ] && [ "$(<"$tests_stamp")" = "$(sha256sum scripts/test.lock)" ]; }
+
+install_tests() {
+    pip_install "what the tests import, of scripts/test.lock" --require-hashes -r scripts/test.lock
+    sha256sum scripts/test.lock >"$tests_stamp"
+}
+
+is_ready() { is_current && { [ "$with_tests" = no ] || tests_are_current; }; }
+
+with_tests=no
 case "${1:-}" in
     --print-hash) state_hash; exit ;;
+    --tests) with_tests=yes ;;
     "") ;;
-    *) die "setup.sh takes no argument but --print-hash, not $1" ;;
+    *) die "setup.sh takes no argument but --tests and --print-hash, not $1" ;;
 esac
 
-is_current && exit
+is_ready && exit
 [ "$(uname -s)" = Linux ] || die "Linux is needed (this is $(uname -s)): triton has no build for anything else"
-find_compiler
-base=$(find_python)
-
+is_current || { find_compiler; base=$(find_python); }
 mkdir -p .venv
 exec 9>.venv/.setup-lock
 if ! flock --nonblock 9; then
     say "waiting for another set-up of this checkout"
     flock 9
-    is_current && exit
 fi
-rm -f "$stamp"
-make_venv
-target=$(state_hash)  # before the work: a source edited during it must not count as built
-install_packages
-install_peers
-build_rustbpe
-check_imports
-echo "$target" >"$stamp.new"
-mv "$stamp.new" "$stamp"
+is_current || set_up
+[ "$with_tests" = no ] || tests_are_current || install_tests
 say "done in $SECONDS s"

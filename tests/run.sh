@@ -14,7 +14,7 @@ for argument in "$@"; do
     if [ "$argument" = --slow ]; then which_tests="not gpu"; else arguments+=("$argument"); fi
 done
 
-bash scripts/setup.sh
+bash scripts/setup.sh --tests
 PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 .venv/bin/python -m ruff check --quiet .
 cargo test --quiet --manifest-path rustbpe/core/Cargo.toml

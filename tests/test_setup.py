@@ -32,7 +32,8 @@ class Checkout:
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
-        for name in ("scripts/setup.sh", "scripts/requirements.lock", "scripts/peers.lock", "pyproject.toml"):
+        for name in ("scripts/setup.sh", "scripts/requirements.lock", "scripts/peers.lock", "scripts/test.lock",
+                     "pyproject.toml"):
             self.write(name, (ROOT / name).read_text(encoding="utf-8"))
         self.write("rustbpe/Cargo.toml", "[package]")
         self.write("rustbpe/src/lib.rs", "pub fn train() {}")
@@ -122,6 +123,18 @@ def test_a_build_product_or_other_source_does_not(checkout, name):
     assert checkout.hash() == before
 
 
+def test_what_only_tests_import_is_installed_when_asked_for_and_once(checkout):
+    checkout.run()
+    assert not checkout.calls("test.lock")
+    assert checkout.run("--tests")[0] == 0
+    assert [call.split(" install ")[1] for call in checkout.calls("-m pip install")] == [
+        "--disable-pip-version-check --quiet --require-hashes -r scripts/test.lock"]
+    assert checkout.run("--tests") == (0, "", "")
+    checkout.write("scripts/test.lock", "openai==1.0")
+    assert checkout.run() == (0, "", "")
+    assert checkout.run("--tests")[0] == 0 and checkout.calls("test.lock")
+
+
 def test_a_changed_rust_source_is_built_again_on_the_next_run(checkout):
     checkout.run()
     checkout.calls("")
@@ -209,4 +222,4 @@ def test_missing_python_says_which_are_good(checkout, variables, start):
 
 
 def test_an_unknown_argument_is_refused(checkout):
-    assert checkout.run("--force") == (2, "", "error: setup.sh takes no argument but --print-hash, not --force\n")
+    assert checkout.run("--force") == (2, "", "error: setup.sh takes no argument but --tests and --print-hash, not --force\n")
