@@ -5,6 +5,8 @@
 #     bash tests/run.sh --slow                   # and what takes longer
 #     bash tests/run.sh -m gpu                   # on a machine with a GPU; anything else goes to pytest as well
 #     bash tests/run.sh tests/test_gpt.py -x
+#
+# Two processes share the test files, one thread each; -n 0 runs all in one, as a debugger or a GPU wants it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,4 +20,5 @@ bash scripts/setup.sh --tests
 PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 .venv/bin/python -m ruff check --quiet .
 cargo test --quiet --manifest-path rustbpe/core/Cargo.toml
-.venv/bin/python -m pytest -q --durations=10 -m "$which_tests" ${arguments[@]+"${arguments[@]}"}
+case " $* " in *" -m gpu "*) processes=0 ;; *) processes=2 ;; esac
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest -q -n "$processes" --dist loadfile --durations=10 -m "$which_tests" ${arguments[@]+"${arguments[@]}"}

@@ -57,7 +57,9 @@ print(json.dumps(seen))
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("baselines")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # nor the marks of a pytest-xdist worker: pytest-benchmark measures nothing in one
+    env = {name: value for name, value in os.environ.items()
+           if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_XDIST")}
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]) | {"folder": folder}

@@ -222,4 +222,5 @@ def test_missing_python_says_which_are_good(checkout, variables, start):
 
 
 def test_an_unknown_argument_is_refused(checkout):
-    assert checkout.run("--force") == (2, "", "error: setup.sh takes no argument but --tests and --print-hash, not --force\n")
+    assert checkout.run("--force") == (
+        2, "", "error: setup.sh takes no argument but --tests and --print-hash, not --force\n")
