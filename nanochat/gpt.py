@@ -301,12 +301,15 @@ class GPT(nn.Module):
 
     def forward_paged(self, batch: PagedBatch, cache: PagedCache) -> torch.Tensor:
         """Append one ragged step to the cache; return the softcapped logits (R, V) fp32 of batch.out_rows."""
+        return softcapped_logits(self.hidden_paged(batch, cache), self.lm_head.weight)
+
+    def hidden_paged(self, batch: PagedBatch, cache: PagedCache) -> torch.Tensor:
+        """Append one ragged step to the cache; return what the head reads (R, C), where logits would be too many."""
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
         x = self._embed(batch.tokens)
         for block, k_pages, v_pages in zip(self.transformer["h"], cache.k, cache.v, strict=True):
             x = block.forward_paged(x, cos, sin, k_pages, v_pages, batch)
-        x = self.kernels.rms_norm(x[batch.out_rows])
-        return softcapped_logits(x, self.lm_head.weight)
+        return self.kernels.rms_norm(x[batch.out_rows])
 
     def _embed(self, idx: torch.Tensor) -> torch.Tensor:
         x = F.embedding(idx, self.transformer["wte"].weight).to(self.dtype)
