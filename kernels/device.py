@@ -1,11 +1,14 @@
 """What the machine offers: Triton or its interpreter, compute capability, tiles for it, peak rates.
 
-Peak rates are the vendors' dense figures without sparsity (data sheets of the SXM parts). An unknown GPU has no
-peak: callers print "n/a" rather than a percentage of a guess.
+gpus.json has the vendors' dense rates without sparsity (data sheets of the SXM parts) in FLOP/s and bytes/s, the
+memory, and the dollars per hour that nanochat (Nov 2025) counts with. An unknown GPU has none of these: callers print
+"n/a" rather than a percentage of a guess.
 """
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -29,16 +32,8 @@ except ImportError:
     triton = tl = _Absent()
 HAS_TRITON = not isinstance(triton, _Absent)
 
-# name fragment -> dense bf16 FLOP/s, dense fp8 FLOP/s, memory bytes/s; first match wins
-PEAKS = (
-    ("H200", 989e12, 1979e12, 4.8e12),
-    ("H100 PCIe", 756e12, 1513e12, 2.0e12),
-    ("H100", 989e12, 1979e12, 3.35e12),
-    ("B200", 2250e12, 4500e12, 8.0e12),
-    ("A100", 312e12, None, 2.0e12),
-    ("4090", 165.2e12, 330.3e12, 1.008e12),
-)
-
+# The first whose name is part of the device's; null is what the vendor does not offer or publish.
+GPUS: list[dict] = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
 
 # The capability that `meta` tensors stand for while kernels are compiled without a GPU (kernels/compile_table.py).
 META_SM: int | None = None
@@ -92,6 +87,6 @@ def device_name(device: torch.device) -> str:
 
 def peak(device: torch.device, what: str) -> float | None:
     """Return the peak rate of `device`: what is "bf16" or "fp8" (FLOP/s) or "memory" (bytes/s); None if unknown."""
-    column = {"bf16": 1, "fp8": 2, "memory": 3}[what]
     name = device_name(device)
-    return next((row[column] for row in PEAKS if row[0] in name), None)
+    known = next((gpu for gpu in GPUS if gpu["name"] in name), {})
+    return known.get("bytes_per_s" if what == "memory" else what)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from kernels.device import GPUS
 
-# dollars per GPU-hour that nanochat (Nov 2025) used; other GPUs have no price rather than a guessed one
-GPU_PRICES = (("H100", 3.00), ("A100", 1.79), ("V100", 0.55))
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
@@ -49,7 +48,7 @@ def dollars_per_hour() -> tuple[float, str] | None:
     """Return (price of this machine's GPUs per hour, how it was counted); None without a GPU of known price."""
     count = torch.cuda.device_count()
     name = torch.cuda.get_device_name(0) if count else ""
-    price = next((price for part, price in GPU_PRICES if part in name), None)
+    price = next((gpu["dollars_per_hour"] for gpu in GPUS if gpu["name"] in name), None)
     return None if price is None else (count * price, f"{count} x ${price:.2f} per GPU-hour")
 
 
