@@ -4,6 +4,7 @@ Without --depth it prints every tier. Needs no installed package.
 """
 
 import argparse
+import signal
 
 from nanochat.plan import (
     BATCH_TOKENS,
@@ -76,8 +77,8 @@ def print_plan(shape: Shape, machine: Machine) -> None:
     rows = micro_batch(shape, machine.gpus, machine.memory_gib)
     steps = shape.tokens // BATCH_TOKENS
     print(f"d{shape.depth} on {describe(machine)}: a projection; what was measured says so\n")
-    print(f"model        {shape.parameters:,} parameters: {shape.embedding / 1e6:,.1f}M embedding, as many in the head, "
-          f"{shape.matrices / 1e6:,.1f}M in {shape.depth} layers of width {shape.width}")
+    print(f"model        {shape.parameters:,} parameters: {shape.embedding / 1e6:.1f}M embedding, as many in the head, "
+          f"{shape.matrices / 1e6:.1f}M in {shape.depth} layers of width {shape.width}")
     print(f"pretraining  {shape.tokens / 1e9:.2f}B tokens, {TOKENS_PER_PARAMETER} per parameter: {steps:,} steps of "
           f"{BATCH_TOKENS:,}; {shape.flops_per_token:.3e} FLOPs per token, "
           f"{shape.tokens * shape.flops_per_token:.2e} in all")
@@ -118,4 +119,5 @@ def number(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
     main(parse_args())
