@@ -5,10 +5,13 @@ The base directory is $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. A progra
 """
 
 import argparse
+import fcntl
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +77,24 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; killed in between, neither is there and `new` has to be built again."""
+    old = new.with_name(f"{new.name}-old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Let one process at a time, and one thread, into the block; the others wait."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # --- the run: device, ranks, seeds ----------------------------------------------------------------

@@ -7,7 +7,6 @@ manifest last; `open_dataset` finds them again. Pages carry checksums: without t
 unnoticed in 38 of 150 zstd shards, with them in none.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,14 +15,13 @@ import shutil
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, atomic_write, base_dir, fsync_folder, human_bytes, print0
+from nanochat.common import UserError, atomic_write, base_dir, file_lock, human_bytes, print0, replace_folder
 from nanochat.text_sources import BuiltinSource, FolderSource, capped
 
 FORMAT = 1
@@ -88,7 +86,7 @@ def prepare(source: str | Path, *, max_chars: int | None = None) -> Dataset:
     identity = found.identity() | {"max_chars": max_chars}
     folder = base_dir() / "base_data" / found.name
     folder.parent.mkdir(exist_ok=True)
-    with _locked(folder):
+    with file_lock(folder.with_name(f".{folder.name}.lock")):  # those who wait then find it done
         manifest = _read_manifest(folder)
         if manifest and manifest["source"] == identity and not _damage(folder, manifest):
             return Dataset(found.name, folder, manifest)
@@ -248,28 +246,10 @@ def _build(folder: Path, source: BuiltinSource | FolderSource, identity: dict, m
                     "chars": writer.chars, "files": files}
         atomic_write(building / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         os.chmod(building, 0o755)  # mkdtemp makes folders private
-        _replace_folder(building, folder)
+        replace_folder(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return manifest
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; killed in between, the next prepare builds it again."""
-    old = new.with_name(f"{new.name}-old")
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time prepare `folder`; the others wait and then find it done."""
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read_manifest(folder: Path) -> dict | None:

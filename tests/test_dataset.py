@@ -148,7 +148,7 @@ def test_a_killed_preparation_is_cleaned_up_by_the_next(folder, monkeypatch):
     fill(folder)
     with monkeypatch.context() as patch:
         patch.setattr(dataset_module.shutil, "rmtree", lambda *args, **kwargs: None)  # a kill leaves everything
-        patch.setattr(dataset_module, "_replace_folder", killed)
+        patch.setattr(dataset_module, "replace_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder)
     base_data = dataset_module.base_dir() / "base_data"
