@@ -30,14 +30,21 @@ def sample_eager(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.T
     [0, 1), 0 = all; seed, position (R,) int64.
     """
     greedy = temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    kept = _keep_top_k(scaled, torch.where(greedy, 0, top_k))
-    kept = _keep_top_p(kept, torch.where(greedy, 1.0, top_p))
-    kept = _keep_min_p(kept, torch.where(greedy, 0.0, min_p))
+    kept = kept_logits(logits, temperature, top_k, top_p, min_p)
     ids = logits.argmax(dim=-1)
     if not bool(greedy.all()):
         ids = torch.where(greedy, ids, _inverse_cdf(kept.softmax(dim=-1), uniform(seed, position)))
     return ids, kept.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+
+
+def kept_logits(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
+                min_p: torch.Tensor) -> torch.Tensor:
+    """Return the scaled logits (R, V) whose softmax `sample_eager` draws from, -inf for what is not kept."""
+    greedy = temperature == 0
+    kept = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    kept = _keep_top_k(kept, torch.where(greedy, 0, top_k))
+    kept = _keep_top_p(kept, torch.where(greedy, 1.0, top_p))
+    return _keep_min_p(kept, torch.where(greedy, 0.0, min_p))
 
 
 def _keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,10 @@ class Chat:
         prompt = [self.engine.tokenizer.bos_id, *(id for turn in self.turns for id in turn), *said]
         request = self.engine.submit(prompt, self.params)
         try:
-            yield from self.engine.events(request)
+            for _, event in self.engine.events(request):
+                if event == ("finish", "error"):
+                    raise UserError(request.rows[0].error)
+                yield event
         finally:
             self.engine.abort(request)
             (completion,) = request.completions()

@@ -63,7 +63,7 @@ def test_sampling_parameters_out_of_range(field, value, sentence):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (dict(tools="python"), "tools must be one of calculator, off, got 'python'"),
+    (dict(tools="bash"), "tools must be one of calculator, python, off, got 'bash'"),
     (dict(page_size=0), "page_size must be at least 1, got 0"),
     (dict(n_pages=0), "n_pages must be at least 1, got 0"),
     (dict(max_batch=0), "max_batch must be at least 1, got 0"),

@@ -10,51 +10,49 @@ batch, chunked, preempted or started from cached pages, up to ties within roundi
 round differently in the last bit.
 """
 
+import concurrent.futures
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from tqdm import tqdm
 
 from nanochat.common import UserError
-from nanochat.engine.batch import build_batch, copy_pages, draw
+from nanochat.engine.batch import build_batch, copy_pages, draw, likeliest
 from nanochat.engine.pages import PagePool
 from nanochat.engine.request import Completion, Request, Row, SamplingParams, row_seed
 from nanochat.engine.scheduler import Scheduler
-from nanochat.engine.tools import Transcript
+from nanochat.engine.tools import Toolbox, Transcript
 from nanochat.gpt import GPT, PagedCache
+from nanochat.load import fill_model
 
-TOOLS = ("calculator", "off")
 STEP_TOKENS = 2048  # most tokens of a step: a long prompt is computed in chunks, beside rows that decode
+TOOL_POLL_SECONDS = 0.02  # how long a step waits when all its rows wait for their tools
 
 
 class Engine:
-    """Generates with `model`, whose weights may change in place between requests (call `reset` then).
+    """Generates with `model`, whose weights change only through `sync_weights`.
 
-    n_pages: pages of `page_size` tokens, by default enough for max_batch rows of the whole context. step_tokens: most
-    tokens computed in a step, at least max_batch. prefix_cache: keep pages for prompts that begin alike.
-    Raises UserError for a value outside its range.
+    One thread at a time may call it. tools: calculator, off, or python (what the calculator refuses runs in the
+    sandbox). n_pages: pages of `page_size` tokens, by default enough for max_batch rows of the whole context.
+    step_tokens: most tokens computed in a step, at least max_batch. prefix_cache: keep pages for prompts that begin
+    alike. Raises UserError for a value outside its range.
     """
 
-    def __init__(self, model: GPT, tokenizer, *, tools: str = "calculator", page_size: int = 16,
-                 n_pages: int | None = None, max_batch: int = 64, step_tokens: int = STEP_TOKENS,
+    def __init__(self, model: GPT, tokenizer, *, tools: str = "calculator", allow_weak_sandbox: bool = False,
+                 page_size: int = 16, n_pages: int | None = None, max_batch: int = 64, step_tokens: int = STEP_TOKENS,
                  prefix_cache: bool = True):
-        if tools not in TOOLS:
-            raise UserError(f"tools must be one of {', '.join(TOOLS)}, got {tools!r}")
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("n_pages", n_pages),
                             ("step_tokens", step_tokens)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.model, self.tokenizer, self.tools, self.max_batch = model, tokenizer, tools, max_batch
+        self.toolbox = Toolbox(tools, allow_weak_sandbox)
         self.context = model.config.sequence_len
-        n_pages = n_pages or max_batch * -(-self.context // page_size)
-        self.pool = PagePool(n_pages, page_size)
-        try:
-            self.cache = PagedCache.allocate(model.config, n_pages, page_size, model.dtype, model.device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{n_pages} pages of {page_size} tokens for a batch of {max_batch} must fit the memory "
-                            f"of {model.device}, they do not: take a smaller batch") from error
+        self.weights_version = 0
+        self.pool = PagePool(n_pages or max_batch * -(-self.context // page_size), page_size)
+        self.restore_kv()
         self.terminals = frozenset((tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id))
         self.scheduler = Scheduler(self.pool, max_batch, max(step_tokens, max_batch), prefix_cache)
         self._counts = {"requests": 0, "tokens": 0, "steps": 0}
@@ -92,37 +90,39 @@ class Engine:
         return [job.completions() if isinstance(job, Request) else job for job in jobs]
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[tuple]:
-        """Continue one prompt; yield ("text", str), ("tool", expression, result) and at last ("finish", reason)."""
-        yield from self.events(self.submit(prompt, params))
+        """Continue one prompt; yield the events of its first sample. Raises UserError when that ends in an error."""
+        request = self.submit(prompt, params)
+        for i, event in self.events(request):
+            if i == 0 and event == ("finish", "error"):
+                raise UserError(request.rows[0].error)
+            if i == 0:
+                yield event
 
-    def events(self, request: Request) -> Iterator[tuple]:
-        """Step until `request` is done, yielding the events of its first sample as they come.
+    def events(self, request: Request) -> Iterator[tuple[int, tuple]]:
+        """Step until `request` is done, yielding (sample, event) as they come; the request is aborted on leaving.
 
-        The request is aborted when the caller stops listening. Raises UserError when it ends in an error.
+        Events are ("text", str), ("tool", expression, result or None), ("finish", reason) at last, and where
+        params.logprobs asks for them ("token", id, logprob, ((id, logprob) of the likeliest, ...)) before its text.
         """
-        row, seen = request.rows[0], 0
         try:
             while True:
-                new = row.transcript.events[seen:]
-                seen += len(new)
-                yield from new
-                if row.finish_reason:
+                yield from request.take_events()
+                if request.done:
                     break
                 self.step()
-            if row.error:
-                raise UserError(row.error)
-            yield "finish", row.finish_reason
         finally:
             self.abort(request)
 
-    def submit(self, prompt: list[int], params: SamplingParams, timeout: float = math.inf) -> Request:
+    def submit(self, prompt: list[int], params: SamplingParams, timeout: float = math.inf,
+               strict: bool = False) -> Request:
         """Queue a request, to be given up `timeout` seconds from now.
 
+        A completion ends at the context at the latest; strict refuses a request whose max_tokens may lead there.
         Raises UserError when its prompt or the pool can never let it run.
         """
-        self._check_prompt(prompt)
-        request = Request(list(prompt), params, min(len(prompt) + params.max_tokens, self.context),
-                          time.monotonic() + timeout)
+        self._check(prompt, params, timeout, strict)
+        now = time.monotonic()
+        request = Request(list(prompt), params, min(len(prompt) + params.max_tokens, self.context), now, now + timeout)
         need = self._worst_case(request)
         need += params.n > 1 and len(prompt) % self.pool.page_size > 0  # a second sample copies the last prompt page
         if need > self.pool.total:
@@ -130,7 +130,7 @@ class Engine:
                             f"the pool has {self.pool.total}")
         for sample in range(params.n):
             request.rows.append(Row(request, list(prompt), row_seed(params.seed, sample),
-                                    Transcript(self.tokenizer, self.tools)))
+                                    Transcript(self.tokenizer, params.stop)))
         for row in request.rows:
             row.finish_if_full()  # no room for even one token
         if request.done:
@@ -150,10 +150,37 @@ class Engine:
         self._retire(rows)
 
     def reset(self) -> None:
-        """Abort everything and drop what was computed with the weights so far; call after a weight update."""
+        """Abort everything and drop what was computed with the weights so far."""
         for row in (*self.running, *self.waiting):
             self.abort(row.request)
         self.pool.drop_prefixes()
+
+    def sync_weights(self, weights: GPT | Mapping[str, torch.Tensor]) -> None:
+        """Take over new weights, in place and in the model's dtype; known prefixes are forgotten.
+
+        Given the engine's own model, whose weights have changed already, nothing is copied. Raises UserError while
+        requests run, and for a tensor that is missing, unknown or of another shape; then nothing has changed.
+        """
+        self._must_be_idle("weights")
+        if weights is not self.model:
+            fill_model(self.model, weights.state_dict() if isinstance(weights, GPT) else weights, "given to the engine")
+        self.pool.drop_prefixes()
+        self.weights_version += 1
+
+    def release_kv(self) -> None:
+        """Give back the memory of all pages until `restore_kv`. Raises UserError while requests run."""
+        self._must_be_idle("the KV memory")
+        self.pool.drop_prefixes()
+        self.cache = None
+
+    def restore_kv(self) -> None:
+        """Take memory for all pages. Raises UserError when there is too little."""
+        pool, model = self.pool, self.model
+        try:
+            self.cache = PagedCache.allocate(model.config, pool.total, pool.page_size, model.dtype, model.device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{pool.total} pages of {pool.page_size} tokens for a batch of {self.max_batch} must fit "
+                            f"the memory of {model.device}, they do not: take a smaller batch") from error
 
     def step(self) -> None:
         """Compute up to step_tokens known tokens and draw the next one of every row that has none left."""
@@ -161,11 +188,14 @@ class Engine:
         now = time.monotonic()
         for request in {row.request for row in (*self.running, *self.waiting) if now >= row.request.deadline}:
             self.abort(request, "timeout")
+        calls = self._answer_calls()
         with torch.inference_mode():
             plan = self.scheduler.plan()
             if plan.counts:
                 copy_pages(self.cache, list(plan.copies.values()))
                 self._advance(plan.counts)
+            elif calls:
+                concurrent.futures.wait(calls, TOOL_POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
             elif self.waiting:
                 raise RuntimeError("a request does not fit an idle pool")  # submit refuses those, so pages leaked
         self._seconds += time.perf_counter() - start
@@ -202,11 +232,34 @@ class Engine:
             return
         if source != list(range(len(counts))):
             logits = logits[torch.tensor(source, device=logits.device)]
-        for row, token, logprob in zip(drawing, *draw(logits, drawing, self.model.kernels.sample), strict=True):
-            row.accept(token, logprob, self.terminals)
+        drawn = draw(logits, drawing, self.model.kernels.sample)
+        for row, *token in zip(drawing, *drawn, likeliest(logits, drawing), strict=True):
+            expression = row.accept(*token, self.terminals)
+            if expression is not None and self.tools != "off":
+                self._call(row, expression)
         born = [row for row in drawing if row not in counts and not row.finish_reason]
         self.scheduler.waiting.extendleft(reversed(born))
         self._retire([row for row in drawing if row.finish_reason])
+
+    def _call(self, row: Row, expression: str) -> None:
+        """Ask the tool; a row whose answer takes time waits for it while the others go on."""
+        result = self.toolbox.call(expression)
+        if isinstance(result, concurrent.futures.Future):
+            row.call = (expression, result)
+        else:
+            row.answer(expression, result)
+
+    def _answer_calls(self) -> list[concurrent.futures.Future]:
+        """Give their results to the rows whose tools are done; return the calls that are still out."""
+        out = []
+        for row in [row for row in (*self.running, *self.waiting) if row.call]:
+            expression, future = row.call
+            if future.done():
+                row.answer(expression, future.result())
+                self._retire([row] if row.finish_reason else [])
+            else:
+                out.append(future)
+        return out
 
     def _samples_of(self, row: Row) -> list[Row]:
         """Return the row, and after its prompt the request's other samples, which go on from its pages."""
@@ -229,14 +282,27 @@ class Engine:
         self._counts["tokens"] += sum(len(row.mask) for row in rows)
         self._counts["requests"] += len({row.request for row in rows if row.request.done})
 
-    def _check_prompt(self, prompt: list[int]) -> None:
+    def _must_be_idle(self, what: str) -> None:
+        if n := len(self.running) + len(self.waiting):
+            raise UserError(f"{what} can change only while no request runs, {n} rows do")
+
+    def _check(self, prompt: list[int], params: SamplingParams, timeout: float, strict: bool) -> None:
         vocab = self.model.config.vocab_size
+        if self.cache is None:
+            raise UserError("the KV memory is given back; call restore_kv first")
+        if not timeout > 0:
+            raise UserError(f"a timeout must be above 0 seconds, got {timeout}")
         if not prompt:
             raise UserError("a prompt must have at least 1 token, got 0")
         if len(prompt) > self.context:
             raise UserError(f"a prompt must fit the context of {self.context} tokens, got {len(prompt)}")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise UserError(f"prompt tokens must be ids from 0 to {vocab - 1}, got {min(prompt)} to {max(prompt)}")
+        if any(not 0 <= token < vocab for token in params.stop_ids):
+            raise UserError(f"stop_ids must be ids from 0 to {vocab - 1}, got {params.stop_ids}")
+        if strict and len(prompt) + params.max_tokens > self.context:
+            raise UserError(f"prompt and max_tokens must fit the context of {self.context} tokens, got "
+                            f"{len(prompt)} and {params.max_tokens}")
 
     def _finish_all(self, requests: list[Request], progress: bool) -> None:
         rows = [row for request in requests for row in request.rows]

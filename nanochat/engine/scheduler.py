@@ -4,8 +4,10 @@ One budget of tokens per step. Running rows come first, those that decode before
 prompt; what is left goes to prompts, in chunks, and to waiting rows, oldest first. Pages are taken as they are needed.
 When none is left the newest row gives up its pages and waits again in front; it computes its tokens a second time, but
 for what the prefix cache still has of them. The oldest row can take the pages of all others, so it always gets on.
+A row whose tool call is out keeps its pages, is not planned, and lets the others pass.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -38,17 +40,19 @@ class Scheduler:
         """Choose the rows of a step and give them their pages."""
         plan, budget = Plan(), self.max_tokens
         for row in sorted(self.running, key=lambda row: row.is_prefill):  # stable: oldest first among equals
-            n = min(row.pending, budget)
+            n = 0 if row.call else min(row.pending, budget)
             # A running row has pages, unless one before it has just taken them.
             if n and row.pages and self._make_room(row, n, plan):
                 plan.counts[row] = n
                 budget -= n
-        while self.waiting and budget and len(self.running) < self.max_batch:
-            n = self._admit(self.waiting[0], budget, plan)
+        while budget and len(self.running) < self.max_batch:
+            row = next((row for row in self.waiting if not row.call), None)
+            n = self._admit(row, budget, plan) if row else 0
             if not n:
                 break
-            self.running.append(self.waiting.popleft())
-            plan.counts[self.running[-1]] = n
+            self.waiting.remove(row)
+            self.running.append(row)
+            plan.counts[row] = n
             budget -= n
         return plan
 
@@ -93,11 +97,16 @@ class Scheduler:
             row.pages, row.page_keys = self.pool.match(row.tokens)
             row.computed = len(row.pages) * self.pool.page_size
             self.cached_tokens += row.computed
+            if row.request.started is None:
+                row.request.cached_tokens = row.computed
         n = min(row.pending, budget)
         # A page in reserve for each running row, lest it be preempted at its next page.
         if self.running and self._missing(row, n) + len(self.running) > self.pool.available:
             return 0
-        return n if self._make_room(row, n, plan) else 0
+        if not self._make_room(row, n, plan):
+            return 0
+        row.request.started = row.request.started or time.monotonic()
+        return n
 
     def _make_room(self, row: Row, n: int, plan: Plan) -> bool:
         """Give the row pages for n more tokens, at the cost of newer rows; False when it had to give up its own."""
