@@ -10,26 +10,32 @@ from nanochat.dataloader import ConversationLoader
 from nanochat.gpt import GPT
 from nanochat.report import Report
 from nanochat.stage import accumulation_steps, add_training_flags, make_trainer, model_from, training_facts
-from nanochat.tasks import parse_mixture
+from nanochat.tasks import TaskMixture, mixture_texts, parse_mixture
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import LoaderBatches, Schedule
 
 PAD_MULTIPLE = 16  # of a padded row's length: conversations of 20 to 75 tokens waste a third of a multiple of 64
+SAMPLE = 4000  # conversations packed to tell how many rows all of them will fill, in about a second
 
 
-def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, mixture: str, rows: int, device_batch_size: int,
-                       lr_scale: float) -> None:
+def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, rows: int, device_batch_size: int,
+                       eval_batches: int, eval_every: int, lr_scale: float) -> None:
     """Add the flags of a stage that starts from another stage and trains on conversations."""
     parser.add_argument("--source", default=source, choices=["base", "mid", "sft"], help="stage to start from")
     parser.add_argument("--depth", type=int, default=None, help="model depth; default: the deepest of the source stage")
     parser.add_argument("--source-step", type=int, default=None, help="checkpoint step of the source; default: newest")
-    parser.add_argument("--tasks", default=mixture, help="training conversations as name=size,name=size")
+    parser.add_argument("--tasks", default="recipe", help="training conversations, recipe (nanochat's), tiny or "
+                        "name=size,name,json:FILE; a stored task needs no size, and one given twice counts twice")
+    parser.add_argument("--val-tasks", default=None, help="held-out conversations, written alike; default: as --tasks")
     parser.add_argument("--sequence-len", type=flags.positive_int_or_off, default=-1,
                         help="tokens per row; -1 = the model's context")
     parser.add_argument("--num-steps", type=flags.positive_int_or_off, default=-1,
                         help="updates; -1 = one pass over the conversations")
     parser.add_argument("--rows-per-step", type=flags.positive_int, default=rows, help="rows per update over all ranks")
-    parser.add_argument("--eval-batches", type=flags.positive_int, default=8, help="validation micro-batches per rank")
-    add_training_flags(parser, device_batch_size=device_batch_size, lr_scale=lr_scale, eval_every=100, save_every=-1)
+    parser.add_argument("--eval-batches", type=flags.positive_int, default=eval_batches,
+                        help="validation micro-batches per rank")
+    add_training_flags(parser, device_batch_size=device_batch_size, lr_scale=lr_scale, eval_every=eval_every,
+                       save_every=-1)
 
 
 def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, warmdown: float,
@@ -38,7 +44,8 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     runtime = init_runtime(args.device, seed=args.seed)
     model, tokenizer, source_state = model_from(args.source, args, runtime)
     accumulation = accumulation_steps(args.rows_per_step, args.device_batch_size, runtime, flag="--rows-per-step")
-    train_task, val_task = parse_mixture(args.tasks, "train", args.seed), parse_mixture(args.tasks, "val", args.seed)
+    tasks, val_tasks = mixture_texts(stage, args.tasks, args.val_tasks)
+    train_task, val_task = parse_mixture(tasks, "train", args.seed), parse_mixture(val_tasks, "val", args.seed)
     context = model.config.sequence_len
     T = args.sequence_len if args.sequence_len > 0 else context
     if T > context:
@@ -56,10 +63,13 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
         finally:
             batches.close()
 
-    n_steps = args.num_steps if args.num_steps > 0 else max(1, len(train_task) // args.rows_per_step)
+    n_steps = args.num_steps
+    if n_steps < 0:
+        rows = packed_rows(train_task, tokenizer, T, args.seed) if pack else len(train_task)
+        n_steps = max(1, rows // args.rows_per_step)
     schedule = Schedule(n_steps, warmdown=warmdown, momentum_steps=momentum_steps)
     identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
-                "tasks": args.tasks, "sequence_len": T, "rows_per_step": args.rows_per_step}
+                "tasks": tasks, "sequence_len": T, "rows_per_step": args.rows_per_step}
     trainer = make_trainer(stage, model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
     print0(f"plan: {n_steps:,} steps of {args.rows_per_step} rows from {len(train_task):,} conversations")
     if trainer.restore(args.resume):
@@ -70,10 +80,22 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     def report() -> None:
         facts = training_facts(trainer, schedule, args.rows_per_step, accumulation)
         Report().section(title, {"Started from": identity["source"], "Conversations": len(train_task),
-                                 "Tasks": args.tasks, **facts})
+                                 "Tasks": train_task.counts(), "Validation": val_task.counts(), **facts})
 
     trainer.run(LoaderBatches(train, accumulation), when_done=report)
     close_runtime()
+
+
+def packed_rows(task: TaskMixture, tokenizer: Tokenizer, T: int, seed: int) -> int:
+    """Return about how many rows of T tokens one pass fills: exact up to SAMPLE conversations, else in proportion."""
+    sample = [task[i] for i in range(min(SAMPLE, len(task)))]
+    loader = ConversationLoader(sample, tokenizer, 1, T, pack=True, shuffle_seed=seed)
+    try:
+        while loader.epoch == 0:
+            next(loader)
+        return round(loader.stats["rows"] * len(task) / len(sample))
+    finally:
+        loader.close()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Ids are 0..255 for the bytes, then the merges in the order learned, then the nin
 encoded as ordinary text and special ids are placed by this file alone, so no user, tool or model text can become one.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -77,6 +78,22 @@ class Tokenizer:
         """
         return cls(_checked(_extension().train, texts, vocab_size, SPECIAL_TOKENS, num_threads=num_threads,
                             memory_limit=memory_limit, progress=progress))
+
+    @classmethod
+    def from_merges(cls, merges: Iterable[tuple[int, int]], pattern: str) -> "Tokenizer":
+        """Build from merges, merge i joining two earlier ids to 256 + i, with our special tokens after them.
+
+        UserError when training cannot have given them, or `pattern` is neither nanochat's nor GPT-4's: any other would
+        be run by another engine of regular expressions than the one it was meant for.
+        """
+        extension = _extension()
+        if pattern not in (rustbpe.PATTERN, rustbpe.GPT4_PATTERN):
+            raise UserError(f"a tokenizer's split pattern must be nanochat's or GPT-4's, got {_short(pattern)}")
+        lines = [f"{left} {right}" for left, right in merges]
+        text = "\n".join(["rustbpe tokenizer 1", f"unicode {rustbpe.__build__['unicode']}", f"pattern {pattern}",
+                          f"specials {len(SPECIAL_TOKENS)}", *SPECIAL_TOKENS, f"merges {len(lines)}", *lines, ""])
+        checksum = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        return cls(_checked(extension.from_bytes, f"{text}sha256 {checksum}\n".encode()))
 
     @property
     def training_report(self) -> dict | None:
@@ -206,6 +223,13 @@ class StreamDecoder:
 
 def _file(folder: Path | None) -> Path:
     return (Path(folder) if folder is not None else base_dir() / "tokenizer") / FILE_NAME
+
+
+def check_conversation(conversation: dict) -> dict:
+    """Return the conversation; UserError when it cannot be rendered."""
+    for _ in _turns(conversation):
+        pass
+    return conversation
 
 
 def _messages(conversation: dict) -> list[dict]:

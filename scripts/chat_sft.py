@@ -7,12 +7,12 @@ import argparse
 
 from nanochat.common import run_script
 from nanochat.finetune import add_finetune_flags, finetune
-from nanochat.tasks import SFT_MIXTURE
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_finetune_flags(parser, source="mid", mixture=SFT_MIXTURE, rows=32, device_batch_size=4, lr_scale=0.02)
+    add_finetune_flags(parser, source="mid", rows=32, device_batch_size=4, eval_batches=100, eval_every=100,
+                       lr_scale=0.02)
     return parser.parse_args(argv)
 
 

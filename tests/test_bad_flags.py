@@ -57,7 +57,7 @@ def snapshot():
     ("mid_train", ["--device", "cpu", "--source-step", "7"],
      "BASE/checkpoints/base/d1 has no checkpoint of step 7, it has 1"),
     ("mid_train", ["--device", "cpu", "--tasks", "arithmetic"],
-     "a task mixture is written name=size,name=size, and 'arithmetic' is not"),
+     "task arithmetic is generated and needs a number of problems, as in arithmetic=1000"),
     ("chat_sft", ["--device", "cpu", "--depth", "9"],
      "stage mid has no whole checkpoint in BASE/checkpoints/mid/d9; train it first"),
     ("chat_sft", ["--device", "cpu", "--tasks", "arithmetic=0"], "task arithmetic needs at least one problem, not 0"),

@@ -6,7 +6,7 @@ import pytest
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.tasks import MID_MIXTURE, SFT_MIXTURE, TASKS, Answer, TaskMixture, make_task, parse_mixture
+from nanochat.tasks import MIXTURES, TASKS, Answer, TaskMixture, make_task, parse_mixture
 from nanochat.tasks.arithmetic import last_number
 from nanochat.tasks.common import SPLITS, reference_text, split_of
 
@@ -238,19 +238,22 @@ def test_mixture_oversamples_by_listing_twice_or_by_count():
 
 
 def test_mixtures_of_the_tiny_preset_parse_and_repeat_nothing():
-    for text in (MID_MIXTURE, SFT_MIXTURE):
-        assert len(parse_mixture(text, "train")) > 5000
+    for stage in MIXTURES:
+        assert len(parse_mixture(MIXTURES[stage]["tiny"][0], "train")) > 5000
     twice = parse_mixture("arithmetic=20,arithmetic=20", "val")
     assert len({str(twice[i]) for i in range(40)}) > 35
 
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: make_task("algebra", "train", 5),
-     "unknown task 'algebra': choose from arithmetic, sums, arithmetic-hard, spelling, identity, choice"),
+     "unknown task 'algebra': choose from arithmetic, sums, arithmetic-hard, spelling, identity, choice, SmolTalk, "
+     "MMLU, ARC-Easy, ARC-Challenge, GSM8K, HumanEval or json:FILE"),
     (lambda: make_task("spelling", "dev", 5), "unknown split 'dev' of task spelling: choose from train, val, test"),
     (lambda: make_task("spelling", "train", 0), "task spelling needs at least one problem, not 0"),
     (lambda: parse_mixture("arithmetic=5,spelling", "train"),
-     "a task mixture is written name=size,name=size, and 'spelling' is not"),
+     "task spelling is generated and needs a number of problems, as in spelling=1000"),
+    (lambda: parse_mixture("spelling=many", "train"),
+     "a task mixture is written name=size,name=size, and 'spelling=many' is not"),
     (lambda: parse_mixture("", "train"), "a task mixture is written name=size,name=size, and '' is not"),
 ])
 def test_user_mistakes_are_one_sentence(make, message):

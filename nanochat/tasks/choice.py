@@ -5,25 +5,41 @@ has to be.
 """
 
 import random
+from collections.abc import Sequence
 
-from nanochat.tasks.common import Answer, GeneratedTask, exchange, reference_text
+from nanochat.common import UserError
+from nanochat.tasks.common import Answer, GeneratedTask, Task, exchange, reference_text
 from nanochat.tasks.words import COMMON
 
 LETTERS = ("A", "B", "C", "D")
 
 
-def multiple_choice_prompt(question: str, letters: tuple[str, ...], choices: list[str]) -> str:
-    """The user's message of a multiple-choice problem."""
+def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], right: str) -> dict:
+    """The conversation of a problem whose answer is the letter `right`; UserError when it has no such problem."""
+    if len(letters) != len(choices) or right not in letters or not all(
+            isinstance(text, str) for text in (question, *letters, *choices)):
+        raise UserError(f"a problem must have a question, a letter for each choice and one of them as the answer, got "
+                        f"{len(choices)} choices, letters {', '.join(map(str, letters))} and answer {right!r}")
     listed = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    return f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    prompt = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    return exchange(prompt, right) | {"letters": list(letters)}
 
 
-class MultipleChoice(GeneratedTask):
+class LetterTask(Task):
+    """Problems whose answer is one letter of the conversation's "letters"."""
+
+    kind = "categorical"
+    baseline = 1 / len(LETTERS)
+
+    def evaluate(self, conversation: dict, answer: Answer) -> bool:
+        """Whether the text is the right letter and nothing else."""
+        return answer.text.strip() == reference_text(conversation)
+
+
+class MultipleChoice(LetterTask, GeneratedTask):
     """Find a word in a list, the largest number, or the word with a given first letter."""
 
     name = "choice"
-    kind = "categorical"
-    baseline = 1 / len(LETTERS)
 
     def draw(self, rng: random.Random) -> tuple[str, list[str], str]:
         """(question, choices in order, the right choice)"""
@@ -35,12 +51,7 @@ class MultipleChoice(GeneratedTask):
 
     def render(self, problem, rng: random.Random) -> dict:
         question, choices, right = problem
-        letter = LETTERS[choices.index(right)]
-        return exchange(multiple_choice_prompt(question, LETTERS, choices), letter) | {"letters": list(LETTERS)}
-
-    def evaluate(self, conversation: dict, answer: Answer) -> bool:
-        """Whether the text is the right letter and nothing else."""
-        return answer.text.strip() == reference_text(conversation)
+        return multiple_choice(question, LETTERS, choices, LETTERS[choices.index(right)])
 
 
 def _same_word(rng: random.Random) -> tuple[str, list[str], str]:
