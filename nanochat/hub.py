@@ -128,12 +128,12 @@ def fetch(repo: str, path: str, *, revision: str = "main") -> Path:
 
 
 def fetch_all(files: Iterable[tuple[str, str]], *, revision: str = "main", workers: int = 8,
-              progress: bool = True) -> list[Path]:
+              progress: bool = True, repo_type: str = "dataset") -> list[Path]:
     """Return the (repo, path) files, in this order, after downloading those that are missing, `workers` at once.
 
     When one fails, those under way are finished and no other is begun; UserError names the failed ones.
     """
-    wanted = [_hub_file(repo, path, revision) for repo, path in files]
+    wanted = [_hub_file(repo, path, revision, repo_type) for repo, path in files]
     manifests = {file.folder: read_manifest(file.folder) for file in wanted}
     missing = [file for file in dict.fromkeys(wanted) if not _is_here(file, manifests[file.folder])]
     if missing:
@@ -141,9 +141,9 @@ def fetch_all(files: Iterable[tuple[str, str]], *, revision: str = "main", worke
     return [file.target for file in wanted]
 
 
-def repo_folder(repo: str) -> Path:
-    """Return where the files of the data set `repo` are kept."""
-    return base_dir() / "hub" / repo
+def repo_folder(repo: str, repo_type: str = "dataset") -> Path:
+    """Return where the files of a repository, "dataset" or "model", are kept."""
+    return base_dir() / "hub" / ("" if repo_type == "dataset" else f"{repo_type}s") / repo
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
@@ -157,9 +157,10 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     return manifest["files"] if isinstance(manifest, dict) and manifest.get("format") == FORMAT else {}
 
 
-def _hub_file(repo: str, path: str, revision: str) -> _File:
-    url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=os.environ.get("HF_ENDPOINT") or None)
-    return _File(url, repo_folder(repo), path, revision, _parquet_facts if path.endswith(".parquet") else lambda _: {})
+def _hub_file(repo: str, path: str, revision: str, repo_type: str) -> _File:
+    url = hf_hub_url(repo, path, repo_type=repo_type, revision=revision, endpoint=os.environ.get("HF_ENDPOINT") or None)
+    return _File(url, repo_folder(repo, repo_type), path, revision,
+                 _parquet_facts if path.endswith(".parquet") else lambda _: {})
 
 
 def _parquet_facts(path: Path) -> dict:
@@ -249,7 +250,7 @@ def _download(file: _File, remote: _Remote, shared: _Transfers) -> None:
             os.fsync(part.fileno())
             os.replace(file.part, file.target)
             fsync_folder(file.target.parent)
-        _enter(file, facts)
+        _enter(file.folder, {file.path: facts})
 
 
 @contextmanager
@@ -341,12 +342,12 @@ def _git_sha1(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.sha1(header)).hexdigest()
 
 
-def _enter(file: _File, facts: dict) -> None:
-    """Add the file to its folder's manifest; several processes may."""
-    with file_lock(file.folder / f".{MANIFEST}.lock"):
-        files = read_manifest(file.folder) | {file.path: facts}
+def _enter(folder: Path, facts: dict[str, dict]) -> None:
+    """Add to what the folder's manifest knows of some files; several processes may."""
+    with file_lock(folder / f".{MANIFEST}.lock"):
+        files = read_manifest(folder) | facts
         text = json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1)
-        atomic_write(file.folder / MANIFEST, text + "\n")
+        atomic_write(folder / MANIFEST, text + "\n")
 
 
 # --- attempts ---------------------------------------------------------------------------------------
