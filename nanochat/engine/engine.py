@@ -32,12 +32,13 @@ TOOL_POLL_SECONDS = 0.02  # how long a step waits when all its rows wait for the
 
 
 class Engine:
-    """Generates with `model`, whose weights change only through `sync_weights`.
+    """Generates with `model`, or with a copy of it cast once when its weights are not in its compute dtype.
 
-    One thread at a time may call it. tools: calculator, off, or python (what the calculator refuses runs in the
-    sandbox). n_pages: pages of `page_size` tokens, by default enough for max_batch rows of the whole context.
-    step_tokens: most tokens computed in a step, at least max_batch. prefix_cache: keep pages for prompts that begin
-    alike. Raises UserError for a value outside its range.
+    Call `sync_weights` after a change of the weights. One thread at a time may call the engine.
+    tools: calculator, off, or python (what the calculator refuses runs in the sandbox). n_pages: pages of `page_size`
+    tokens, by default enough for max_batch rows of the whole context. step_tokens: most tokens computed in a step, at
+    least max_batch. prefix_cache: keep pages for prompts that begin alike.
+    Raises UserError for a value outside its range.
     """
 
     def __init__(self, model: GPT, tokenizer, *, tools: str = "calculator", allow_weak_sandbox: bool = False,
@@ -47,7 +48,8 @@ class Engine:
                             ("step_tokens", step_tokens)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        self.model, self.tokenizer, self.tools, self.max_batch = model, tokenizer, tools, max_batch
+        self.source, self.model = model, inference_model(model)
+        self.tokenizer, self.tools, self.max_batch = tokenizer, tools, max_batch
         self.toolbox = Toolbox(tools, allow_weak_sandbox)
         self.context = model.config.sequence_len
         self.weights_version = 0
@@ -155,13 +157,14 @@ class Engine:
             self.abort(row.request)
         self.pool.drop_prefixes()
 
-    def sync_weights(self, weights: GPT | Mapping[str, torch.Tensor]) -> None:
-        """Take over new weights, in place and in the model's dtype; known prefixes are forgotten.
+    def sync_weights(self, weights: GPT | Mapping[str, torch.Tensor] | None = None) -> None:
+        """Take over new weights, by default those of the model the engine was made with, and forget known prefixes.
 
-        Given the engine's own model, whose weights have changed already, nothing is copied. Raises UserError while
-        requests run, and for a tensor that is missing, unknown or of another shape; then nothing has changed.
+        They are copied in place and in the compute dtype. Raises UserError while requests run, and for a tensor that is
+        missing, unknown or of another shape; then nothing has changed.
         """
         self._must_be_idle("weights")
+        weights = self.source if weights is None else weights
         if weights is not self.model:
             fill_model(self.model, weights.state_dict() if isinstance(weights, GPT) else weights, "given to the engine")
         self.pool.drop_prefixes()
@@ -254,11 +257,14 @@ class Engine:
         out = []
         for row in [row for row in (*self.running, *self.waiting) if row.call]:
             expression, future = row.call
-            if future.done():
-                row.answer(expression, future.result())
-                self._retire([row] if row.finish_reason else [])
-            else:
+            if not future.done():
                 out.append(future)
+            elif failure := future.exception():
+                row.error = f"a program of the model could not be run: {failure}"
+                row.finish("error")
+            else:
+                row.answer(expression, future.result())
+        self._retire([row for row in self.running + self.waiting if row.finish_reason])
         return out
 
     def _samples_of(self, row: Row) -> list[Row]:
@@ -315,3 +321,14 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request)
+
+
+def inference_model(model: GPT) -> GPT:
+    """Return the model if its weights are in the compute dtype, else a copy cast to it that never runs in fp8."""
+    if not isinstance(model, GPT) or all(p.dtype == model.dtype for p in model.parameters()):
+        return model
+    copy = type(model).build(model.config, model.kernels, model.dtype, model.device).cast_weights().eval()
+    copy.load_state_dict(model.state_dict())
+    for layer in copy.fp8_layers:
+        layer.fp8 = False
+    return copy
