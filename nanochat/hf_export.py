@@ -1,5 +1,5 @@
 """The tokenizer as a folder that Hugging Face's libraries, vLLM and SGLang read: vocabulary, special tokens, chat
-template.
+template. hf_model.py writes the model beside it.
 
 The Jinja template writes what `Tokenizer.render_conversation` gives, and with add_generation_prompt what
 `render_for_completion` gives: encoded by `tokenizers`, its text has exactly their ids. Two things differ, since a
@@ -17,6 +17,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_write, fsync_folder
@@ -122,10 +124,10 @@ def export(tokenizer: Tokenizer, folder: Path, format: str = "huggingface") -> l
     try:
         _check(folder, files)
         if folder.is_dir() and any(folder.iterdir()):
-            for name, text in files.items():
-                atomic_write(folder / name, text)
+            write_files(folder, files)
         else:
-            _write_new(folder, files)
+            with new_folder(folder) as temporary:
+                write_files(temporary, files)
     except OSError as error:
         raise UserError(f"the tokenizer cannot be written to {folder} ({error.strerror})") from error
     return [folder / name for name in files]
@@ -140,13 +142,21 @@ def _check(folder: Path, files: dict[str, str]) -> None:
                         f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}")
 
 
-def _write_new(folder: Path, files: dict[str, str]) -> None:
-    """Write into a temporary folder beside `folder`, then take its name; an empty folder there gives way."""
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        atomic_write(folder / name, text)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name `folder` when the body is done; an empty folder there gives way.
+
+    After an error in the body nothing is left. Files must be durable by then.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{folder.name}-"))
     try:
-        for name, text in files.items():
-            atomic_write(temporary / name, text)
+        yield temporary
         temporary.chmod(0o755)  # mkdtemp makes folders private
         os.replace(temporary, folder)
     except BaseException:
