@@ -4,7 +4,8 @@
 
 `prepare` writes them once from a source of `nanochat.text_sources` into a temporary folder and renames it, the
 manifest last; `open_dataset` finds them again. Pages carry checksums: without them a flipped bit changed the text
-unnoticed in 38 of 150 zstd shards, with them in none.
+unnoticed in 38 of 150 zstd shards, with them in none. FineWeb-EDU comes as shards, which stay where `nanochat.hub`
+puts them.
 """
 
 import hashlib
@@ -21,8 +22,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat import fineweb
 from nanochat.common import UserError, atomic_write, base_dir, file_lock, human_bytes, print0, replace_folder
-from nanochat.text_sources import BuiltinSource, FolderSource, capped
+from nanochat.text_sources import BuiltinSource, FolderSource, capped, open_parquet, read_row_group
 
 FORMAT = 1
 ROW_GROUP_ROWS = 1024
@@ -45,11 +47,11 @@ class Dataset:
 
     @property
     def train(self) -> list[Path]:
-        return [self.folder / name for name in sorted(self.manifest["files"]) if name != VAL_FILE]
+        return [self.folder / name for name in sorted(self.manifest["files"]) if name != self.val.name]
 
     @property
     def val(self) -> Path:
-        return self.folder / VAL_FILE
+        return self.folder / self.manifest.get("val", VAL_FILE)
 
     @property
     def fingerprint(self) -> str:
@@ -62,27 +64,35 @@ class Dataset:
         return self.train if split == "train" else [self.val]
 
 
-def find_source(source: str | Path) -> BuiltinSource | FolderSource:
+def find_source(source: str | Path, *, skip_corrupt: bool = False) -> BuiltinSource | FolderSource:
     """Return the source that `--data` names: "builtin" or a folder."""
     if str(source) == "builtin":
         return BuiltinSource()
-    if str(source) == "fineweb-edu":
-        raise UserError("data fineweb-edu cannot be downloaded by this version yet, give a folder of its "
-                        ".parquet shards instead")
     if not str(source):
-        raise UserError("data must be builtin or a folder, got an empty name")
-    return FolderSource(source)
+        raise UserError("data must be builtin, fineweb-edu or a folder, got an empty name")
+    return FolderSource(source, skip_corrupt=skip_corrupt)
 
 
-def prepare(source: str | Path, *, max_chars: int | None = None) -> Dataset:
-    """Write the shards of `source` ("builtin" or a folder) unless they are there already; return the dataset.
+def prepare(source: str | Path, *, max_chars: int | None = None, shards: int | None = None, workers: int = 8,
+            skip_corrupt: bool = False) -> Dataset:
+    """Make the shards of `source` ("builtin", "fineweb-edu" or a folder) unless they are there; return the dataset.
 
-    Documents are taken in the source's order until they have `max_chars` characters. The old shards stay in place
-    until the new ones are whole. Raises UserError for a source that gives no text for both splits.
+    Of builtin text and folders documents are taken in the source's order until they have `max_chars` characters, and
+    the old shards stay in place until the new ones are whole. Of FineWeb-EDU the first `shards` training shards are
+    downloaded, `workers` at once. `skip_corrupt` passes over row groups that cannot be read, and counts them. Raises
+    UserError for a source that gives no text for both splits.
     """
     if max_chars is not None and max_chars < 1:
         raise UserError(f"max-chars must be at least 1, got {max_chars}")
-    found = find_source(source)
+    if str(source) == fineweb.NAME:
+        if max_chars is not None:
+            raise UserError(f"data {fineweb.NAME} is counted in shards, not in characters, got max-chars {max_chars}")
+        dataset = Dataset(fineweb.NAME, fineweb.folder(),
+                          fineweb.prepare(shards, workers=workers, skip_corrupt=skip_corrupt))
+        _print_summary(dataset)
+        return dataset
+    found = find_source(source, skip_corrupt=skip_corrupt)
+    _refuse_shards(source, shards)
     identity = found.identity() | {"max_chars": max_chars}
     folder = base_dir() / "base_data" / found.name
     folder.parent.mkdir(exist_ok=True)
@@ -91,22 +101,36 @@ def prepare(source: str | Path, *, max_chars: int | None = None) -> Dataset:
         if manifest and manifest["source"] == identity and not _damage(folder, manifest):
             return Dataset(found.name, folder, manifest)
         manifest = _build(folder, found, identity, max_chars)
-    _print_summary(found, manifest)
-    return Dataset(found.name, folder, manifest)
+    dataset = Dataset(found.name, folder, manifest)
+    _print_summary(dataset, found)
+    return dataset
 
 
-def open_dataset(source: str | Path) -> Dataset:
-    """Return the dataset that `prepare(source)` wrote; UserError when it is missing or a shard has another size."""
-    name = find_source(source).name
-    folder = base_dir() / "base_data" / name
-    manifest = _read_manifest(folder)
-    again = f"run python -m scripts.dataset --data {source}"
-    if manifest is None:
-        raise UserError(f"data {source} is not prepared, {again}")
-    damage = _damage(folder, manifest)
+def open_dataset(source: str | Path, *, shards: int | None = None) -> Dataset:
+    """Return the dataset that `prepare(source)` made; UserError when it is missing or a shard has another size.
+
+    Of FineWeb-EDU it is the first `shards` training shards, which must be here whatever else is, or, for None, as many
+    as are here: a run that must be resumed with the same data names their number.
+    """
+    if str(source) == fineweb.NAME:
+        dataset = Dataset(fineweb.NAME, fineweb.folder(), fineweb.opened(shards))
+    else:
+        _refuse_shards(source, shards)
+        name = find_source(source).name
+        folder = base_dir() / "base_data" / name
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"data {source} is not prepared, run python -m scripts.dataset --data {source}")
+        dataset = Dataset(name, folder, manifest)
+    damage = _damage(dataset.folder, dataset.manifest)
     if damage:
-        raise UserError(f"{damage}, {again}")
-    return Dataset(name, folder, manifest)
+        raise UserError(f"{damage}, run python -m scripts.dataset --data {source}")
+    return dataset
+
+
+def _refuse_shards(source: str | Path, shards: int | None) -> None:
+    if shards is not None:
+        raise UserError(f"--shards counts the shards of {fineweb.NAME}, data {source} has none to choose from")
 
 
 def verify(dataset: Dataset) -> None:
@@ -114,7 +138,7 @@ def verify(dataset: Dataset) -> None:
     for name, entry in dataset.manifest["files"].items():
         if _sha256(dataset.folder / name) != entry["sha256"]:
             raise UserError(f"{dataset.folder / name} must have the sha256 of its manifest, it has another: "
-                            f"delete {dataset.folder} and prepare it again")
+                            "delete it and prepare the data again")
 
 
 def iter_texts(dataset: Dataset, split: str, *, max_chars: int | None = None,
@@ -133,7 +157,10 @@ class Documents:
         self._starts: list[int] = []  # index of each row group's first document
         self._len = 0
         for path in dataset.shards(split):
-            for group, rows in enumerate(dataset.manifest["files"][path.name]["row_groups"]):
+            entry = dataset.manifest["files"][path.name]
+            for group, rows in enumerate(entry["row_groups"]):
+                if group in entry.get("corrupt", ()):
+                    continue
                 self._groups.append((path, group))
                 self._starts.append(self._len)
                 self._len += rows
@@ -159,15 +186,14 @@ class Documents:
         if damage:
             raise UserError(f"{damage}, prepare the data again")
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
-                texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is corrupt in row group {group}, delete {path.parent} and prepare the data "
-                            f"again") from error
+            with open_parquet(path) as parquet:
+                texts = read_row_group(parquet, group, path)
+        except UserError as error:
+            raise UserError(f"{error}: delete it and prepare the data again") from error
         if len(texts) != entry["row_groups"][group]:
             raise UserError(f"{path} must have {entry['row_groups'][group]} rows in row group {group}, "
                             f"it has {len(texts)}")
-        return texts
+        return [text or "" for text in texts]  # a shard that is not ours may hold nulls
 
 
 # --- writing ----------------------------------------------------------------------------------------
@@ -244,6 +270,8 @@ def _build(folder: Path, source: BuiltinSource | FolderSource, identity: dict, m
                             f"and validation, it has {rows}{limit}")
         manifest = {"format": FORMAT, "name": folder.name, "source": identity, "skipped": source.skipped,
                     "chars": writer.chars, "files": files}
+        if getattr(source, "corrupt", None):
+            manifest["corrupt"] = source.corrupt
         atomic_write(building / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         os.chmod(building, 0o755)  # mkdtemp makes folders private
         replace_folder(building, folder)
@@ -278,15 +306,21 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _print_summary(source: BuiltinSource | FolderSource, manifest: dict) -> None:
-    rows = {split: 0 for split in SPLITS}
-    for name, entry in manifest["files"].items():
-        rows["val" if name == VAL_FILE else "train"] += entry["rows"]
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    print0(f"data {manifest['name']}: train {rows['train']:,} documents, {manifest['chars']['train']:,} characters; "
-           f"val {rows['val']:,} documents, {manifest['chars']['val']:,} characters; {human_bytes(size)} on disk")
-    if manifest["skipped"]:
-        print0(f"skipped {manifest['skipped']:,} {source.skipped_kind}")
+def _print_summary(dataset: Dataset, source: BuiltinSource | FolderSource | None = None) -> None:
+    parts = []
+    for split in SPLITS:
+        entries = [dataset.manifest["files"][path.name] for path in dataset.shards(split)]
+        chars = f", {dataset.manifest['chars'][split]:,} characters" if "chars" in dataset.manifest else ""
+        parts.append(f"{split} {sum(entry['rows'] for entry in entries):,} documents{chars}")
+    size = sum(entry["bytes"] for entry in dataset.manifest["files"].values())
+    print0(f"data {dataset.name}: {'; '.join(parts)}; {human_bytes(size)} on disk")
+    entries = dataset.manifest["files"].items()
+    corrupt = dataset.manifest.get("corrupt") or {name: entry["corrupt"] for name, entry in entries
+                                                  if entry.get("corrupt")}
+    for name, groups in corrupt.items():
+        print0(f"skipped corrupt row groups of {name}: {', '.join(map(str, groups))}")
+    if source and source.skipped:
+        print0(f"skipped {source.skipped:,} {source.skipped_kind}")
     if isinstance(source, FolderSource) and (ignored := source.ignored()):
         kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(ignored.items()))
         print0(f"ignored {ignored.total():,} files of other kinds ({kinds})")

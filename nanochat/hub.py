@@ -214,8 +214,9 @@ def _in_parallel(action: Callable[[T], object], items: list[T], workers: int, sh
         if unexpected or len(items) == 1:
             raise (unexpected or errors)[0]
         n_done = sum(not future.cancelled() and not future.exception() for future in futures)
-        raise UserError(f"{'; '.join(map(str, errors))}; {n_done} of {len(items)} are done, the same command goes on "
-                        f"from there") from errors[0]
+        more = f" (and {len(errors) - 1} more failed)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}; {n_done} of {len(items)} files are done, the same command goes on from "
+                        "there") from errors[0]
     return [future.result() for future in futures]
 
 
@@ -250,7 +251,7 @@ def _download(file: _File, remote: _Remote, shared: _Transfers) -> None:
             os.fsync(part.fileno())
             os.replace(file.part, file.target)
             fsync_folder(file.target.parent)
-        _enter(file.folder, {file.path: facts})
+        enter(file.folder, {file.path: facts})
 
 
 @contextmanager
@@ -342,10 +343,10 @@ def _git_sha1(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.sha1(header)).hexdigest()
 
 
-def _enter(folder: Path, facts: dict[str, dict]) -> None:
-    """Add to what the folder's manifest knows of some files; several processes may."""
+def enter(folder: Path, entries: dict[str, dict]) -> None:
+    """Put entries, path -> facts, into the folder's manifest in place of what it knew; several processes may."""
     with file_lock(folder / f".{MANIFEST}.lock"):
-        files = read_manifest(folder) | facts
+        files = read_manifest(folder) | entries
         text = json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1)
         atomic_write(folder / MANIFEST, text + "\n")
 

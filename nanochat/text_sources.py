@@ -16,7 +16,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -194,11 +194,13 @@ class FolderSource:
 
     skipped_kind = "documents without text"
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, *, skip_corrupt: bool = False):
         self.folder = Path(folder).expanduser().resolve()
+        self.skip_corrupt = skip_corrupt
         slug = re.sub(r"[^a-z0-9]+", "-", self.folder.name.lower()).strip("-") or "data"
         self.name = f"{slug[:40]}-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:8]}"
         self.skipped = 0  # null or nothing but white space, counted by documents()
+        self.corrupt: dict[str, list[int]] = {}  # file -> row groups passed over for skip_corrupt
 
     def files(self) -> list[Path]:
         """Return the readable files in order of their relative path; names starting with a dot are no data."""
@@ -224,25 +226,34 @@ class FolderSource:
             stat = path.stat()
             digest.update(os.fsencode(path.relative_to(self.folder)))
             digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {"kind": "folder", "path": str(self.folder), "fingerprint": digest.hexdigest()}
+        rule = {"skip_corrupt": True} if self.skip_corrupt else {}
+        return {"kind": "folder", "path": str(self.folder), "fingerprint": digest.hexdigest(), **rule}
 
     def documents(self, max_chars: int | None = None) -> Iterator[tuple[str, str]]:
         files = self.files()
         if not files:
             raise UserError(f"data folder {self.folder} has no .parquet, .jsonl or .txt file")
-        self.skipped = 0
+        self.skipped, self.corrupt = 0, {}
         yield from split_by_hash(capped(self._texts(files), max_chars))
 
     def _texts(self, files: list[Path]) -> Iterator[str]:
         for file in tqdm(files, desc=f"reading {self.folder.name}", unit="file", disable=None):
             try:
-                for text in _READERS[file.suffix.lower()](file):
+                for text in self._read(file):
                     if text is None or not text.strip():
                         self.skipped += 1
                     else:
                         yield text
             except OSError as error:
                 raise UserError(f"{file} cannot be read ({error.strerror})") from error
+
+    def _read(self, file: Path) -> Iterator[str | None]:
+        if self.skip_corrupt and file.suffix.lower() == ".parquet":
+            corrupt = corrupt_row_groups(file)
+            if corrupt:
+                self.corrupt[str(file)] = corrupt
+            return _read_parquet(file, corrupt)
+        return _READERS[file.suffix.lower()](file)
 
 
 def split_by_hash(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -330,23 +341,49 @@ def _decode(data: bytes, file: Path, offset: int = 0) -> str:
                         f"(0x{data[error.start]:02x})") from error
 
 
-def _read_parquet(file: Path) -> Iterator[str | None]:
+def _read_parquet(file: Path, passed_over: Sequence[int] = ()) -> Iterator[str | None]:
+    with open_parquet(file) as parquet:
+        for group in range(parquet.num_row_groups):
+            if group not in passed_over:
+                yield from read_row_group(parquet, group, file)
+
+
+@contextmanager
+def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
+    """Open a parquet file with strings in a column text; UserError for any other."""
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            _check_text_column(file, parquet.schema_arrow)
-            for group in range(parquet.num_row_groups):
-                yield from parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a whole parquet file ({_first_line(error)})") from error
+    with parquet:
+        schema = parquet.schema_arrow
+        if "text" not in schema.names:
+            raise UserError(f"{file} must have a column text, it has {', '.join(schema.names) or 'no columns'}")
+        kind = schema.field("text").type
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+            raise UserError(f"{file} must have strings in column text, it has {kind}")
+        yield parquet
 
 
-def _check_text_column(file: Path, schema: pa.Schema) -> None:
-    if "text" not in schema.names:
-        raise UserError(f"{file} must have a column text, it has {', '.join(schema.names) or 'no columns'}")
-    kind = schema.field("text").type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
-        raise UserError(f"{file} must have strings in column text, it has {kind}")
+def read_row_group(parquet: pq.ParquetFile, group: int, file: Path) -> list[str | None]:
+    """Return the texts of a row group; UserError names file and row group when they cannot be read."""
+    try:
+        return parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is corrupt in row group {group} ({_first_line(error)})") from error
+
+
+def corrupt_row_groups(file: Path) -> list[int]:
+    """Read the whole file and return the row groups that cannot be read."""
+    corrupt = []
+    with open_parquet(file) as parquet:
+        for group in range(parquet.num_row_groups):
+            try:
+                read_row_group(parquet, group, file)
+            except UserError:
+                corrupt.append(group)
+    return corrupt
 
 
 def _first_line(error: BaseException) -> str:

@@ -258,7 +258,7 @@ def test_no_flipped_bit_changes_text_unnoticed(folder):
     with pytest.raises(UserError) as error:
         verify(dataset)
     assert str(error.value) == (f"{shard} must have the sha256 of its manifest, it has another: "
-                                f"delete {dataset.folder} and prepare it again")
+                                "delete it and prepare the data again")
 
 
 def test_corruption_names_shard_and_row_group(folder, monkeypatch):
@@ -272,10 +272,9 @@ def test_corruption_names_shard_and_row_group(folder, monkeypatch):
     shard.write_bytes(data)
     documents = Documents(dataset, "train")
     assert documents[29]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=rf"^{shard} is corrupt in row group 3 \(.+\): delete it and prepare the data "
+                                        "again$"):
         documents[30]
-    assert str(error.value) == (f"{shard} is corrupt in row group 3, delete {dataset.folder} and prepare the data "
-                                "again")
 
 
 def test_missing_or_cut_shards_are_named(folder):
@@ -370,7 +369,7 @@ def test_corrupt_pages_of_a_given_shard_are_refused(folder):
     data[100] ^= 1
     (folder / "a.jsonl").unlink()
     (folder / "b.parquet").write_bytes(data)
-    with pytest.raises(UserError, match=rf"^{folder}/b\.parquet is not a whole parquet file"):
+    with pytest.raises(UserError, match=rf"^{folder}/b\.parquet is corrupt in row group 0 \(.+[^.]\)$"):
         prepare(folder)
 
 
@@ -398,13 +397,6 @@ def test_unprepared_data_names_the_command(folder):
             open_dataset(source)
         assert str(error.value) == f"data {source} is not prepared, run python -m scripts.dataset --data {source}"
 
-
-def test_fineweb_edu_says_that_it_comes_later():
-    for call in (prepare, open_dataset):
-        with pytest.raises(UserError) as error:
-            call("fineweb-edu")
-        assert str(error.value) == ("data fineweb-edu cannot be downloaded by this version yet, give a folder of its "
-                                    ".parquet shards instead")
 
 
 # --- the program ------------------------------------------------------------------------------------
