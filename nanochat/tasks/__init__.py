@@ -39,24 +39,20 @@ def make_task(name: str, split: str, size: int | None = None, seed: int = 0, **o
     A generated task needs a size and draws other problems for another seed; options go to it (terms, digits,
     operators of arithmetic). "json:PATH" is a file of conversations, the same in every split.
     """
-    if name.startswith(PREFIX):
+    kind = _kind(name, size)
+    if kind is Conversations:
         return Conversations(name.removeprefix(PREFIX), size)
-    stored = next((task for known, task in STORED_TASKS.items() if known.lower() == name.lower()), None)
-    if stored is not None:
-        return stored(split, size)
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}: choose from {', '.join([*TASKS, *STORED_TASKS])} or {PREFIX}FILE")
-    if size is None:
-        raise UserError(f"task {name} is generated and needs a number of problems, as in {name}=1000")
-    return TASKS[name](split, size, seed, **options)
+    return kind(split, size, seed, **options) if issubclass(kind, GeneratedTask) else kind(split, size)
 
 
 def parse_mixture(text: str, split: str, seed: int = 42) -> TaskMixture:
     """The mixture that "name=size,name" describes. A generated task given twice gets other problems the second time,
     a stored one the same, which oversamples it."""
+    entries = [_parse_entry(entry.strip()) for entry in text.split(",")]
+    for name, size in entries:
+        _kind(name, size)  # a wrong name is told before anything is downloaded
     tasks, given = [], {}
-    for entry in text.split(","):
-        name, size = _parse_entry(entry.strip())
+    for name, size in entries:
         tasks.append(make_task(name, split, size, seed=given.get(name, 0)))
         given[name] = given.get(name, 0) + 1
     return TaskMixture(tasks, seed)
@@ -76,6 +72,19 @@ def mixture_texts(stage: str, text: str, held_out: str | None = None) -> tuple[s
     if not validation:
         raise UserError(f"--val-tasks must name held-out conversations where --tasks has files alone, got {text}")
     return training, ",".join(validation)
+
+
+def _kind(name: str, size: int | None) -> type[Task]:
+    if name.startswith(PREFIX):
+        return Conversations
+    stored = {known.lower(): task for known, task in STORED_TASKS.items()}
+    if name.lower() in stored:
+        return stored[name.lower()]
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}: choose from {', '.join([*TASKS, *STORED_TASKS])} or {PREFIX}FILE")
+    if size is None:
+        raise UserError(f"task {name} is generated and needs a number of problems, as in {name}=1000")
+    return TASKS[name]
 
 
 def _parse_entry(entry: str) -> tuple[str, int | None]:
