@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from nanochat.checkpoint import find_checkpoint
 from nanochat.common import UserError, base_dir, run_script
 from nanochat.engine import Engine, SamplingParams
+from nanochat.engine.tools import TOOLS
 from nanochat.load import add_checkpoint_flags, add_device_flags, load_model, stage_folder
 
 CHAT_STAGES = ("rl", "sft", "mid")  # newest first
@@ -29,8 +30,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--min-p", type=float, default=0.0, help="draw among those with this share of the likeliest's")
     parser.add_argument("--max-tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same conversation, same answers")
-    parser.add_argument("--tools", default="calculator", choices=["calculator", "off"],
-                        help="whether the calculator answers the model's calls")
+    parser.add_argument("--tools", default="calculator", choices=TOOLS,
+                        help="who answers the model's calls; python runs in the sandbox what the calculator refuses")
+    parser.add_argument("--allow-weak-sandbox", action="store_true",
+                        help="run them even where the sandbox is below level 3 (python -m nanochat.sandbox --probe)")
     parser.add_argument("--show-tools", action=argparse.BooleanOptionalAction, default=True,
                         help="show calls as [37+85 -> 122]; with --prompt they go to stderr")
     add_device_flags(parser)
@@ -44,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         stage = newest_stage(args.depth) if args.stage == "auto" else args.stage
         model, tokenizer, state = load_model(stage, device=args.device, kernels=args.kernels, dtype=args.dtype,
                                              depth=args.depth, step=args.step)
-    engine = Engine(model, tokenizer, tools=args.tools, max_batch=1)
+    engine = Engine(model, tokenizer, tools=args.tools, allow_weak_sandbox=args.allow_weak_sandbox, max_batch=1)
     chat = Chat(engine, params, plain=stage == "base")
     if args.prompt is not None:
         answer_once(chat, args.prompt, args.show_tools)

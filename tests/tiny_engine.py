@@ -80,8 +80,9 @@ def tool_script(tokenizer: Tokenizer, start: int, expression: str) -> dict[int, 
 
 
 def recomputed(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, sample: int = 0,
-               tools: str = "calculator", guess: list[int] = ()) -> tuple[list[int], list[int], str]:
-    """Return (ids, mask, finish_reason) of one sample without any cache.
+               tools: str = "calculator", guess: list[int] = (),
+               answer=calculate) -> tuple[list[int], list[int], str]:
+    """Return (ids, mask, finish_reason) of one sample without any cache; `answer` stands for the tool.
 
     As long as the outcome follows `guess`, one forward over all of it serves every position (the model is causal).
     """
@@ -112,21 +113,21 @@ def recomputed(model: GPT, tokenizer: Tokenizer, prompt: list[int], params: Samp
         ids.append(token.item())
         mask.append(1)
         said = ids[len(prompt):]
-        if tools == "calculator" and ids[-1] == python_end and python_start in said:
+        if tools != "off" and ids[-1] == python_end and python_start in said:
             opened = len(said) - 1 - said[::-1].index(python_start)
             expression = said[opened + 1:-1]
             if python_end not in expression:
-                result = calculate(tokenizer.decode(expression))
+                result = answer(tokenizer.decode(expression))
                 forced = [] if result is None else [output_start, *tokenizer.encode(result), output_end]
 
 
-def assert_recomputed(engine, results, prompts, params):
+def assert_recomputed(engine, results, prompts, params, answer=calculate):
     """Every sample's tokens, mask and end are those of full recomputation."""
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     for prompt, p, samples in zip(prompts, params, results, strict=True):
         assert len(samples) == p.n
         for i, c in enumerate(samples):
-            want = recomputed(engine.model, engine.tokenizer, prompt, p, i, engine.tools, guess=c.ids)
+            want = recomputed(engine.model, engine.tokenizer, prompt, p, i, engine.tools, c.ids, answer)
             assert (c.ids, c.mask, c.finish_reason) == want
 
 

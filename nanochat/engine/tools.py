@@ -97,9 +97,9 @@ class Transcript:
         if event is not None:
             self._later.append((self._given + len(self._held), event))
         self._held += text
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0] if text else []
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            cut, self.stopped_by = min(found)
+            _, cut, self.stopped_by = min(found)  # what ends first, however the text is cut into tokens
             self._held = self._held[:cut]
             self._later = deque(item for item in self._later if item[0] < self._given + cut)
             self._give(cut)
