@@ -29,7 +29,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("tokenizer.pkl is a pickle, which can run any code, and is never read: where you trust it, make "
            "tokenizer.json of it with transformers.integrations.tiktoken.convert_tiktoken_to_fast(pickle.load(open("
-           "'tokenizer.pkl', 'rb')), '.') and import the folder")
+           "'tokenizer.pkl', 'rb')), '.'), which needs tiktoken and blobfile, and import the folder")
 
 
 def import_model(source: str, stage: str, revision: str = "main") -> Path:
