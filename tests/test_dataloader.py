@@ -160,13 +160,21 @@ def test_packer_resumes_after_any_row(packing, crop, n_rows):
         assert packer.state_dict() == resumed.state_dict()
 
 
-def test_row_takes_the_oldest_then_the_largest_that_fits_then_crops_the_shortest():
-    packer = RowPacker(NumberedStream([5, 9, 3, 2, 8, 4]), 10, crop=True, chunk=6)
-    assert pieces(packer.next_row()) == [(0, 5), (5, 4), (3, 1)]  # 3 has two tokens and is the shortest left
-    assert pieces(packer.next_row()) == [(1, 9), (2, 1)]
-    uncropped = RowPacker(NumberedStream([5, 9, 3, 2, 8, 4]), 10, crop=False, chunk=6)
-    assert pieces(uncropped.next_row()) == [(0, 5), (5, 4)]
-    assert pieces(uncropped.next_row()) == [(1, 9)]
+@pytest.mark.parametrize("lengths, rows", [
+    ([5, 9, 3, 2, 8, 4], [[(0, 5), (2, 3), (3, 2)], [(1, 9), (5, 1)]]),  # 3 and 2 end the row, not 4 and a rest of 1
+    ([5, 9, 4, 5, 3], [[(0, 5), (3, 5)]]),  # one alone does
+    ([2, 4, 4, 6], [[(0, 2), (1, 4), (2, 4)]]),  # two of one length do, not 6 and a rest of 2
+    ([2, 4, 5, 9], [[(0, 2), (2, 5), (1, 3)]]),  # one 4 is no pair: the largest, then the shortest cropped
+])
+def test_row_takes_the_oldest_then_what_ends_it_then_the_largest_that_fits(lengths, rows):
+    packer = RowPacker(NumberedStream(lengths), 10, crop=True, chunk=len(lengths))
+    assert [pieces(packer.next_row()) for _ in rows] == rows
+
+
+def test_without_crop_a_row_ends_where_nothing_fits():
+    packer = RowPacker(NumberedStream([5, 9, 4, 8]), 10, crop=False, chunk=4)
+    assert pieces(packer.next_row()) == [(0, 5), (2, 4)]
+    assert pieces(packer.next_row()) == [(1, 9)]
 
 
 def test_no_document_waits_longer_than_the_window():
