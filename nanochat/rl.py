@@ -17,6 +17,7 @@ import torch
 
 from nanochat.common import Runtime, UserError
 from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.gpt import GPT
 from nanochat.tasks import Task
 
 PASS_AT = 8  # pass@k is measured for k = 1..8
@@ -92,7 +93,7 @@ class RolloutBatches:
         step = first // per_step
         numbers = range(first + self.runtime.rank, first + per_step, self.runtime.world_size)
         conversations = [self.task[number % len(self.task)] for number in numbers]
-        self.engine.reset()  # keys and values of the previous weights
+        self.engine.sync_weights()
         answers = sample_answers(self.engine, conversations, [self.settings.params(step, n) for n in numbers])
         rewards = torch.tensor([[self.task.reward(conversation, answer) for answer in samples]
                                 for conversation, samples in zip(conversations, answers, strict=True)],
@@ -101,15 +102,17 @@ class RolloutBatches:
         if self.settings.permute_advantages:
             random.Random(derive_seed(self.settings.seed, step, self.runtime.rank)).shuffle(advantages)
         self._next += per_step
-        self._metrics = self._measure(rewards, answers, time.perf_counter() - started)
         prompts = [self.engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
+        self._metrics = self._measure(rewards, answers, time.perf_counter() - started) | self._gap(prompts, answers)
         end = self.engine.tokenizer.special_id("<|assistant_end|>")
         pairs = [(prompt, answer) for prompt, samples in zip(prompts, answers, strict=True) for answer in samples]
         rows = [to_rollout(*pair, advantage, end) for pair, advantage in zip(pairs, advantages, strict=True)]
         return self._collate(self._with_gradient(rows))
 
     def metrics(self) -> dict:
-        """Return the step's mean reward, the part of the problems answered both better and worse, and lengths."""
+        """Return the step's mean reward, the part of the problems answered both better and worse, lengths, and how far
+        the engine's log-probabilities are from training's: mean and max of |difference| in nats per sampled token, over
+        the first answer to each problem."""
         return self._metrics
 
     def state_dict(self) -> dict:
@@ -127,6 +130,14 @@ class RolloutBatches:
         reward, tokens, stopped, n_answers, mixed, n_problems = self.runtime.all_reduce(sums).tolist()
         return {"reward": reward / n_answers, "mixed": mixed / n_problems, "stopped": stopped / n_answers,
                 "answer_tokens": tokens / n_answers, "rollout_s": seconds}
+
+    def _gap(self, prompts: list[list[int]], answers: list[list[Completion]]) -> dict:
+        gaps = [logprob_gap(self.engine.source, prompt, samples[0], self.settings)
+                for prompt, samples in zip(prompts, answers, strict=True) if samples[0].ids]
+        gaps = torch.cat(gaps or [torch.zeros(0)]).to(self.runtime.device, torch.float64)
+        total, count = self.runtime.all_reduce(torch.stack([gaps.sum(), gaps.new_tensor(len(gaps))])).tolist()
+        largest = self.runtime.all_reduce(gaps.amax() if len(gaps) else gaps.new_zeros(()), "max")
+        return {"logprob_gap": total / max(count, 1), "logprob_gap_max": float(largest)}
 
     def _with_gradient(self, rows: list[Rollout]) -> list[Rollout]:
         """Leave out rows of advantage 0, at first more than half of them: they have no gradient.
@@ -158,6 +169,22 @@ def sample_answers(engine: Engine, conversations: Sequence[dict],
             if answer.finish_reason == "error":
                 raise UserError(f"rl: a problem of {len(prompt)} tokens could not be answered: {answer.error}")
     return answers
+
+
+@torch.no_grad()
+def logprob_gap(model: GPT, prompt: list[int], answer: Completion, settings: RolloutSettings) -> torch.Tensor:
+    """Return |log p by the training forward - log p by the engine| of each sampled token, (n,) fp32.
+
+    Both are of the distribution drawn from, which keeps all that equal the k-th likeliest. A token at that edge, which
+    rounding put outside here, is compared too: only the sum that normalizes is cut to the top k.
+    """
+    ids = torch.tensor([*prompt, *answer.ids], device=model.device)
+    logits = model(ids[None, :-1])[0, len(prompt) - 1:].float() / settings.temperature
+    least = logits.topk(min(settings.top_k or logits.size(-1), logits.size(-1))).values[:, -1:]
+    normalizer = logits.where(logits >= least, -math.inf).logsumexp(-1)
+    log_probs = logits.gather(1, ids[len(prompt):, None])[:, 0] - normalizer
+    gaps = (log_probs - torch.tensor(answer.logprobs, device=model.device)).abs()
+    return gaps[torch.tensor(answer.mask, device=model.device) > 0]
 
 
 def to_rollout(prompt: list[int], answer: Completion, advantage: float, end_id: int) -> Rollout:
@@ -196,7 +223,7 @@ def evaluate_pass_at_k(task: Task, engine: Engine, settings: RolloutSettings, ru
     (reward above 0). pass@1 is so the mean over all 8, less noisy than the first sample alone.
     """
     numbers = range(runtime.rank, len(task), runtime.world_size)
-    engine.reset()
+    engine.sync_weights()
     sums = torch.zeros(PASS_AT, dtype=torch.float64)
     if len(numbers):
         params = [SamplingParams(settings.max_tokens, 1.0, settings.top_k or None, derive_seed(number), PASS_AT)

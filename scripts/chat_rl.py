@@ -1,6 +1,6 @@
 """Reinforcement learning: sample answers to a task's problems, reward them, train on what did better than average.
 
-python -m scripts.chat_rl --task arithmetic-hard
+python -m scripts.chat_rl
 """
 
 import argparse
@@ -23,16 +23,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", default="sft", choices=["mid", "sft"], help="stage to start from")
     parser.add_argument("--depth", type=int, default=None, help="model depth; default: the deepest of the source stage")
     parser.add_argument("--source-step", type=int, default=None, help="checkpoint step of the source; default: newest")
-    parser.add_argument("--task", default="arithmetic-hard", help="task that gives the rewards")
-    parser.add_argument("--problems", type=int, default=7473, help="training problems (7,473 is GSM8K's number)")
+    parser.add_argument("--task", default="GSM8K", help="task that gives the rewards")
+    parser.add_argument("--problems", type=int, default=7473, help="training problems, at most; GSM8K has 7,473")
     parser.add_argument("--num-steps", type=int, default=-1, help="updates; -1 = one pass over the problems")
     parser.add_argument("--examples-per-step", type=int, default=16, help="problems per update over all ranks")
     parser.add_argument("--num-samples", type=int, default=16, help="answers per problem")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer in tokens, tool output included")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens, 0 = all")
+    parser.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest tokens, 0 = all")
     parser.add_argument("--rollout-batch-size", type=int, default=64, help="answers that the engine works on at once")
-    parser.add_argument("--eval-problems", type=int, default=500, help=f"held-out problems of pass@k, {PASS_AT} "
+    parser.add_argument("--eval-problems", type=int, default=400, help=f"held-out problems of pass@k, {PASS_AT} "
                         "answers each")
     parser.add_argument("--permute-advantages", action="store_true",
                         help="control: shuffle the advantages over a step's answers; nothing must be learned")
@@ -43,20 +43,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     settings = RolloutSettings(args.examples_per_step, args.num_samples, args.max_tokens, args.temperature, args.top_k,
                                args.seed, args.permute_advantages)
-    train_task = make_task(args.task, "train", args.problems, TASK_SEED)
-    val_task = make_task(args.task, "val", args.eval_problems)
     runtime = init_runtime(args.device, seed=args.seed)
     model, tokenizer, source_state = model_from(args.source, args, runtime)
+    train_task = make_task(args.task, "train", args.problems, TASK_SEED)
+    val_task = make_task(args.task, "val", args.eval_problems)
     engine = Engine(model, tokenizer, max_batch=args.rollout_batch_size)
 
     def evaluate(step: int) -> dict:
         passed = evaluate_pass_at_k(val_task, engine, settings, runtime)
         return {"pass_at_1": passed[0], "pass_at_k": passed}
 
-    schedule = Schedule(_num_steps(args), warmdown=1.0, momentum_steps=0)
+    schedule = Schedule(_num_steps(args, len(train_task)), warmdown=1.0, momentum_steps=0)
     identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
-                "task": args.task, "problems": args.problems,
-                **rollout_identity(settings)}
+                "task": args.task, "problems": len(train_task), **rollout_identity(settings)}
     trainer = make_trainer("rl", model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
     finished = trainer.restore(args.resume)
     batches = RolloutBatches(train_task, engine, settings, args.device_batch_size, runtime, trainer.data_state)
@@ -65,29 +64,34 @@ def main(args: argparse.Namespace) -> None:
     if finished:
         print0("rl: already finished, nothing to do")
         return close_runtime()
-    trainer.run(batches, when_done=lambda: Report().section("RL", _facts(args, trainer, schedule, engine, identity)))
+    trainer.run(batches, when_done=lambda: Report().section("RL", _facts(args, trainer, schedule, engine, identity,
+                                                                        len(val_task))))
     close_runtime()
 
 
-def _num_steps(args: argparse.Namespace) -> int:
+def _num_steps(args: argparse.Namespace, n_problems: int) -> int:
     if args.num_steps == 0 or args.num_steps < -1:
         raise UserError(f"--num-steps must be at least 1, or -1 for one pass over the problems, got {args.num_steps}")
-    return args.num_steps if args.num_steps > 0 else max(1, args.problems // args.examples_per_step)
+    return args.num_steps if args.num_steps > 0 else max(1, n_problems // args.examples_per_step)
 
 
-def _facts(args, trainer, schedule, engine, identity) -> dict:
+def _facts(args, trainer, schedule, engine, identity, n_held_out) -> dict:
     rows = rows_until(metrics_path("rl"), schedule.n_steps)
-    rewards = [row["reward"] for row in rows if "reward" in row]
+    steps = [row for row in rows if "reward" in row]
+    rewards = [row["reward"] for row in steps]
     passed = [row["pass_at_k"] for row in rows if "pass_at_k" in row]
     tenth = max(1, len(rewards) // 10)
-    facts = {"Started from": identity["source"], "Task": args.task, "Problems per step": args.examples_per_step,
+    facts = {"Started from": identity["source"], "Task": args.task, "Problems": identity["problems"],
+             "Problems per step": args.examples_per_step,
              "Answers per problem": args.num_samples,
              "Reward, mean of the first tenth of the steps": sum(rewards[:tenth]) / tenth,
-             "Reward, mean of the last tenth": sum(rewards[-tenth:]) / tenth}
+             "Reward, mean of the last tenth": sum(rewards[-tenth:]) / tenth,
+             "|log p of engine - of trainer| in nats, mean": sum(row["logprob_gap"] for row in steps) / len(steps),
+             "The same, largest": max(row["logprob_gap_max"] for row in steps)}
     if args.permute_advantages:
         facts["Control"] = "advantages permuted"
     if passed:
-        facts[f"pass@k on {args.eval_problems} held-out problems"] = [
+        facts[f"pass@k on {n_held_out} held-out problems"] = [
             {"k": k, "before": before, "after": after}
             for k, (before, after) in enumerate(zip(passed[0], passed[-1], strict=True), start=1)]
     rows_per_rank = args.examples_per_step * args.num_samples // trainer.runtime.world_size

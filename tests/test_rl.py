@@ -2,6 +2,7 @@
 unbiased, and a model learns from rewards but not from permuted ones.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from nanochat.rl import (
     collate,
     derive_seed,
     evaluate_pass_at_k,
+    logprob_gap,
     pass_at,
     to_rollout,
 )
@@ -74,12 +76,15 @@ class ScriptedEngine:
     """Answers prompts by a function of (prompt, params, sample) and remembers what it was asked."""
 
     def __init__(self, tokenizer, model, answer):
-        self.tokenizer, self.model, self.answer = tokenizer, model, answer
+        self.tokenizer, self.model, self.source, self.answer = tokenizer, model, model, answer
         self.asked: list[tuple[list[int], SamplingParams]] = []
-        self.resets = 0
+        self.syncs = 0
+
+    def sync_weights(self):
+        self.syncs += 1
 
     def reset(self):
-        self.resets += 1
+        """Holds nothing."""
 
     def generate(self, prompts, params):
         self.asked += zip(prompts, params, strict=True)
@@ -233,6 +238,31 @@ def test_training_sees_the_tokens_that_the_engine_drew_at_their_places(tokenizer
     assert compared > 100
 
 
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_engine_and_training_agree_on_the_distribution_that_was_drawn_from(tokenizer, top_k):
+    model = make_model(tokenizer, spread=0.5)
+    engine = Engine(model, tokenizer, max_batch=8)
+    batches = RolloutBatches(Questions(4), engine, settings(max_tokens=30, top_k=top_k, temperature=0.7), 12, CPU)
+    batches.micro_batches()
+    metrics = batches.metrics()
+    assert 0 <= metrics["logprob_gap"] <= metrics["logprob_gap_max"] < 1e-4
+    engine.source, engine.sync_weights = copy.deepcopy(model), lambda: None  # an engine that stays behind shows
+    with torch.no_grad():
+        engine.source.lm_head.weight.mul_(1.1)
+    batches.micro_batches()
+    assert batches.metrics()["logprob_gap_max"] > 0.01
+
+
+def test_the_gap_is_per_sampled_token(tokenizer):
+    model = make_model(tokenizer, spread=0.5)
+    prompt, ids = [1, 2, 3], [70, 71, 72]
+    with torch.no_grad():
+        log_probs = (model(torch.tensor([[*prompt, *ids]]))[0] / 2).log_softmax(-1)[[2, 3, 4], ids].tolist()
+    answer = Completion(ids, [1, 0, 1], [log_probs[0] + 0.25, 0.0, log_probs[2] - 0.5], "stop", "", [])
+    gap = logprob_gap(model, prompt, answer, settings(temperature=2.0))
+    torch.testing.assert_close(gap, torch.tensor([0.25, 0.5]), rtol=1e-4, atol=1e-5)
+
+
 # --- position, seeds, ranks -----------------------------------------------------------------------
 
 
@@ -245,7 +275,7 @@ def asked(tokenizer, n_steps: int, *, state=None, runtime=CPU, **changes):
         before = len(engine.asked)
         batches.micro_batches()
         steps.append([(tokenizer.decode(prompt), params.seed) for prompt, params in engine.asked[before:]])
-    assert engine.resets == n_steps  # keys and values of old weights are dropped before every rollout
+    assert engine.syncs == n_steps  # the engine takes over the new weights before every rollout
     return steps, batches.state_dict()
 
 
@@ -356,10 +386,13 @@ def test_the_metrics_and_the_report_tell_reward_pass_at_k_and_engine(tiny_run, m
     assert [row["step"] for row in steps] == [1, 2]
     assert [row["lr"] for row in steps] == [1.0, 0.5], "linear to zero"
     assert all(0 <= row["reward"] <= 1 and row["answer_tokens"] > 0 for row in steps)
+    assert all(0 <= row["logprob_gap"] <= row["logprob_gap_max"] < 1e-3 for row in steps)
     data = json.loads((Report().folder / "section_rl.json").read_text(encoding="utf-8"))["data"]
     assert data["Started from"] == "sft step 2" and data["Task"] == "even-length"
     assert data["Reward, mean of the first tenth of the steps"] == steps[0]["reward"]
     assert data["Reward, mean of the last tenth"] == steps[-1]["reward"]
+    assert data["|log p of engine - of trainer| in nats, mean"] == sum(row["logprob_gap"] for row in steps) / 2
+    assert data["The same, largest"] == max(row["logprob_gap_max"] for row in steps)
     table = data["pass@k on 3 held-out problems"]
     assert [row["k"] for row in table] == list(range(1, 9))
     assert [row["before"] for row in table] == passed[0]["pass_at_k"]
