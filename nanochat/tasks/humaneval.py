@@ -7,6 +7,7 @@ of it; the imports at the top of the prompt are put before it, since an answer o
 
 import re
 
+from nanochat import verdict
 from nanochat.tasks.common import Answer, exchange
 from nanochat.tasks.stored import StoredTask
 
@@ -25,11 +26,9 @@ class HumanEval(StoredTask):
 
     def evaluate(self, conversation: dict, answer: Answer) -> bool:
         """Whether the program defines a function that passes the problem's tests; runs it in the sandbox."""
-        from nanochat import verdict  # starts no child and probes nothing unless a program is judged
-
-        imports = leading_imports(conversation["messages"][0]["content"])
-        return verdict.passes(imports, program_of(answer.text), conversation["test"],
-                              conversation["entry_point"]).passed
+        prompt = conversation["messages"][0]["content"]
+        program = leading_imports(prompt) + program_of(answer.text)
+        return verdict.passes(prompt, program, conversation["test"], conversation["entry_point"]).passed
 
 
 def program_of(text: str) -> str:
