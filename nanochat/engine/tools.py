@@ -39,12 +39,11 @@ class Transcript:
     events, in order: ("token", *details) where `push` got details and the token is text, ("text", str),
     ("tool", expression, result or None) and at last ("finish", reason). Text that may become one of the `stop` strings
     is held back, with all events behind it, until it is clear; a stop string is searched in visible text alone.
-    calls: [(expression, result or None)]. stopped_by: the stop string that was found; nothing is said after it.
+    stopped_by: the one that was found; nothing behind it is told.
     """
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
         self.events: list[tuple] = []
-        self.calls: list[tuple[str, str | None]] = []
         self.stopped_by: str | None = None
         self._tokenizer, self._stop = tokenizer, stop
         self._longest_tail = max(map(len, stop), default=1) - 1
@@ -59,6 +58,10 @@ class Transcript:
     @property
     def text(self) -> str:
         return "".join(event[1] for event in self.events if event[0] == "text")
+
+    @property
+    def calls(self) -> list[tuple[str, str | None]]:
+        return [event[1:] for event in self.events if event[0] == "tool"]
 
     def push(self, token: int, details: tuple = ()) -> str | None:
         """Take the next token; return the expression when it closes a call."""
@@ -77,7 +80,6 @@ class Transcript:
 
     def answer(self, expression: str, result: str | None) -> list[int]:
         """Note a call's result; return the tokens to force, none when it was refused."""
-        self.calls.append((expression, result))
         self._say("", ("tool", expression, result))
         if result is None:
             return []
