@@ -44,12 +44,12 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     runtime = init_runtime(args.device, seed=args.seed)
     model, tokenizer, source_state = model_from(args.source, args, runtime)
     accumulation = accumulation_steps(args.rows_per_step, args.device_batch_size, runtime, flag="--rows-per-step")
-    tasks, val_tasks = mixture_texts(stage, args.tasks, args.val_tasks)
-    train_task, val_task = parse_mixture(tasks, "train", args.seed), parse_mixture(val_tasks, "val", args.seed)
     context = model.config.sequence_len
     T = args.sequence_len if args.sequence_len > 0 else context
     if T > context:
         raise UserError(f"--sequence-len must be at most the model's context of {context} tokens, got {T}")
+    tasks, val_tasks = mixture_texts(stage, args.tasks, args.val_tasks)
+    train_task, val_task = parse_mixture(tasks, "train", args.seed), parse_mixture(val_tasks, "val", args.seed)
 
     def loader(task, state: dict | None = None) -> ConversationLoader:
         return ConversationLoader(task, tokenizer, args.device_batch_size, T, pack=pack, shuffle_seed=args.seed,

@@ -19,7 +19,10 @@ from nanochat.train import LoaderBatches, Schedule
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="builtin", help="builtin, or a folder of .parquet, .jsonl or .txt")
+    parser.add_argument("--data", default="builtin", help="builtin, fineweb-edu, or a folder of .parquet, .jsonl or "
+                        ".txt")
+    parser.add_argument("--shards", type=flags.positive_int, default=None,
+                        help="training shards of fineweb-edu that must be here; default: all that are")
     parser.add_argument("--depth", type=int, default=20, help="layers; width is 64 x depth")
     parser.add_argument("--sequence-len", type=flags.positive_int, default=2048, help="context length in tokens")
     parser.add_argument("--window-pattern", default="L", help="per layer: L full attention, S a quarter of the context")
@@ -44,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--warmup and --warmdown must be at most 1 together, got "
                         f"{args.warmup} and {args.warmdown}")
     runtime = init_runtime(args.device, seed=args.seed)
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, shards=args.shards)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     B, T, world_size = args.device_batch_size, args.sequence_len, runtime.world_size
     accumulation = accumulation_steps(args.total_batch_size, B, runtime, unit=T)

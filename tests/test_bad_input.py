@@ -59,7 +59,8 @@ def snapshot() -> dict[str, str]:
 @pytest.mark.parametrize("arguments, sentence", [
     (["d21"], "error: speedrun.sh preset must be tiny, d12, d20, d26 or d32, got d21"),
     (["tiny", "d12"], "error: speedrun.sh takes one preset, got tiny and d12"),
-    (["--fast"], "error: speedrun.sh knows the flags --data, --kernels and --fresh, got --fast"),
+    (["--fast"], "error: speedrun.sh knows the flags --data, --kernels, --fp8, --gpus, --fresh, --dry-run and "
+     "--rehearse, got --fast"),
     (["tiny", "--data"], "error: speedrun.sh --data needs a value"),
 ])
 def test_speedrun_refuses_before_it_does_anything(arguments, sentence, tmp_path):
