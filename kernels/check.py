@@ -70,6 +70,7 @@ def _run(op: Op, fn: Callable, inputs: Mapping) -> dict[str, torch.Tensor]:
         found |= {f"gradient of {name}": g for name, g in zip(op.grad_inputs, gradients, strict=True)}
     for name in op.mutates:
         values = inputs[name] if isinstance(inputs[name], list) else [inputs[name]]
+        values = [value for value in values if value is not None]
         found |= {f"{name}[{i}] afterwards": value for i, value in enumerate(values)}
     return found
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.device import pick_tile, sm_count, tl, triton
+from kernels.qk_norm_rope import key_scale
 from kernels.registry import KernelError, Op, custom_op, declare, register
 
 # S sequences, N query rows in all, n query rows per sequence, H query heads, K kv heads, D head dim, P page size
@@ -31,15 +32,18 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 @register("paged_attention", "eager")
 def paged_attention_eager(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_tables: torch.Tensor,
-                          cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, window: int = -1) -> torch.Tensor:
+                          cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, window: int = -1,
+                          v_scales: torch.Tensor | None = None, alone: bool = False) -> torch.Tensor:
     """Attend q (N, H, D) over pages (n, P, K, D) -> (N, H, D).
 
     block_tables (S, max_pages), cu_seqlens_q (S + 1,), context_lens (S,) are integers. A row of no sequence is 0.
-    Nothing outside a sequence's own context is read, so stale pages may hold NaN.
+    With v_scales (n, P, K) fp32 the pages are uint8, codes of e4m3 as paged_append writes them. alone: no sequence is
+    computed with another, so that the last bits do not depend on which there are. Nothing outside a sequence's own
+    context is read, so stale pages may hold NaN.
     """
     y = torch.zeros_like(q)
     starts, counts = cu_seqlens_q[:-1].tolist(), cu_seqlens_q.diff().tolist()
-    most = CHUNK_ELEMENTS[q.device.type] // (k_pages.size(2) * k_pages.size(3))
+    most = 0 if alone else CHUNK_ELEMENTS[q.device.type] // (k_pages.size(2) * k_pages.size(3))
     for chunk in _chunks(counts, context_lens.tolist(), most):
         n = counts[chunk[0]]
         first = torch.tensor([starts[s] for s in chunk], device=q.device)
@@ -47,8 +51,13 @@ def paged_attention_eager(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch
         sequences = torch.tensor(chunk, device=q.device)
         contexts = context_lens[sequences].long()
         index = _key_index(block_tables[sequences].long(), contexts, k_pages)
-        k, v = (pages.flatten(0, 2).index_select(0, index.flatten()).view(*index.shape, -1).to(q.dtype)
+        k, v = (pages.flatten(0, 2).index_select(0, index.flatten()).view(*index.shape, -1)
                 for pages in (k_pages, v_pages))
+        if v_scales is None:
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        else:
+            k, v = (x.view(torch.float8_e4m3fn).to(q.dtype) for x in (k, v))
+            k, v = k / key_scale(q.size(2)), v * v_scales.flatten()[index][..., None].to(q.dtype)
         y[rows] = _attend(q[rows], k, v, contexts, window)
     return y
 
@@ -148,11 +157,11 @@ def _weighted(p, v, DOT: tl.constexpr):
 
 
 @triton.jit
-def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, tables_ptr, cu_ptr, contexts_ptr, y_ptr, part_ptr, lse_ptr, S,
-                            max_pages, stride_qn, scale, WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-                            D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
-                            BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                            STEPS: tl.constexpr, DOT: tl.constexpr):
+def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, v_scales_ptr, tables_ptr, cu_ptr, contexts_ptr, y_ptr, part_ptr,
+                            lse_ptr, S, max_pages, stride_qn, scale, WINDOW: tl.constexpr, H: tl.constexpr,
+                            K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
+                            KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                            STEPS: tl.constexpr, DOT: tl.constexpr, FP8: tl.constexpr):
     GROUP: tl.constexpr = H // K
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     s = _sequence_of(block, cu_ptr, S, BLOCK_Q, STEPS)
@@ -188,9 +197,13 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, tables_ptr, cu_ptr, contexts_pt
     for at in range(lowest, last, BLOCK_N):
         key = at + tl.arange(0, BLOCK_N)
         page = tl.load(tables_ptr + s.to(tl.int64) * max_pages + key // P, mask=key < last, other=0).to(tl.int64)
-        cell = ((page * P + key % P) * K + kv_head)[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + cell, mask=(key < last)[:, None], other=0.0)
-        v = tl.load(v_ptr + cell, mask=(key < last)[:, None], other=0.0)
+        head_cell = (page * P + key % P) * K + kv_head
+        cell = head_cell[:, None] * D + d[None, :]
+        k = tl.load(k_ptr + cell, mask=(key < last)[:, None], other=0)
+        v = tl.load(v_ptr + cell, mask=(key < last)[:, None], other=0)
+        if FP8:
+            k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+            v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
         distance = position[:, None] - key[None, :]
         seen = (distance >= 0) & (key < last)[None, :]
         if WINDOW >= 0:
@@ -201,6 +214,8 @@ def _paged_attention_kernel(q_ptr, k_ptr, v_ptr, tables_ptr, cu_ptr, contexts_pt
         p = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, axis=1)
+        if FP8:  # a weight takes its value's scale along; the sum above is without
+            p *= tl.load(v_scales_ptr + head_cell, mask=key < last, other=0.0)[None, :]
         acc = acc * rescale[:, None] + _weighted(p, v, DOT)
         top = new_top
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -231,13 +246,14 @@ def _merge_splits_kernel(part_ptr, lse_ptr, cu_ptr, contexts_ptr, y_ptr, S, H: t
     tl.store(y_ptr + (row * H + head) * D + d, y.to(y_ptr.dtype.element_ty))
 
 
-def _fake(q, k_pages, v_pages, block_tables, cu_seqlens_q, context_lens, window) -> torch.Tensor:
+def _fake(q, k_pages, v_pages, block_tables, cu_seqlens_q, context_lens, window, v_scales) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 @custom_op("paged_attention", fake=_fake)
 def _paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_tables: torch.Tensor,
-                     cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, window: int) -> torch.Tensor:
+                     cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, window: int,
+                     v_scales: torch.Tensor | None) -> torch.Tensor:
     (N, H, D), S, (P, K) = q.shape, context_lens.size(0), k_pages.shape[1:3]
     group = H // K
     kind = "block" if N != S else "packed" if group > 1 else "vector"
@@ -251,10 +267,11 @@ def _paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tens
     parts = torch.empty((N, H, splits, D) if splits > 1 else (0,), dtype=torch.float32, device=q.device)
     lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device)
     own = dict(H=H, D=D, SPLITS=splits, KEYS=KEYS_PER_SPLIT, STEPS=S.bit_length())
+    fp8 = v_scales is not None
+    scale = D ** -0.5 * LOG2_E / (key_scale(D) if fp8 else 1)
     _paged_attention_kernel[(blocks, K, splits)](
-        q, k_pages, v_pages, block_tables, cu_seqlens_q, context_lens, y, parts, lse, S, block_tables.size(1),
-        q.stride(0), D ** -0.5 * LOG2_E, WINDOW=window, K=K, P=P, BLOCK_Q=block_q, DOT=kind != "vector", **own,
-        **tile)
+        q, k_pages, v_pages, v_scales, block_tables, cu_seqlens_q, context_lens, y, parts, lse, S, block_tables.size(1),
+        q.stride(0), scale, WINDOW=window, K=K, P=P, BLOCK_Q=block_q, DOT=kind != "vector", FP8=fp8, **own, **tile)
     if splits > 1:
         _merge_splits_kernel[(N, H)](parts, lse, cu_seqlens_q, context_lens, y, S, num_warps=4, **own)
     return y
@@ -270,18 +287,23 @@ def _rule(shapes) -> str | None:
 @register("paged_attention", "triton", needs=("triton",), check=_rule, rank=40,
           dtypes=(torch.float32, torch.bfloat16, torch.float16))
 def paged_attention_triton(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_tables: torch.Tensor,
-                           cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, window: int = -1) -> torch.Tensor:
-    """Our kernels; the pages must be contiguous and of q's dtype, q's heads and dimensions too."""
+                           cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, window: int = -1,
+                           v_scales: torch.Tensor | None = None, alone: bool = False) -> torch.Tensor:
+    """Our kernels; the pages must be contiguous and of q's dtype, or uint8 with v_scales; fp8 needs sm89.
+
+    Sequences of one query never meet, and calls of one shape cut their keys alike: `alone` asks for nothing more.
+    """
     reason = _rule({"head_dim": q.size(2), "n_head": q.size(1), "n_kv_head": k_pages.size(2)})
-    if reason is None and not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+    if reason is None and not all(x is None or x.is_contiguous() for x in (k_pages, v_pages, v_scales)):
         reason = f"pages must be contiguous, got strides {k_pages.stride()} and {v_pages.stride()}"
-    if reason is None and not k_pages.dtype == v_pages.dtype == q.dtype:
-        reason = f"pages must have q's dtype, got {k_pages.dtype} and {v_pages.dtype}"
+    dtype = q.dtype if v_scales is None else torch.uint8
+    if reason is None and not k_pages.dtype == v_pages.dtype == dtype:
+        reason = f"pages must be {dtype}, got {k_pages.dtype} and {v_pages.dtype}"
     if reason:
         raise KernelError(f"paged_attention[triton]: {reason} (q is {tuple(q.shape)}, {q.dtype})")
     q = q if q.stride()[1:] == (q.size(2), 1) else q.contiguous()
     block_tables, cu_seqlens_q, context_lens = (x.contiguous() for x in (block_tables, cu_seqlens_q, context_lens))
-    return _paged_attention(q, k_pages, v_pages, block_tables, cu_seqlens_q, context_lens, window)
+    return _paged_attention(q, k_pages, v_pages, block_tables, cu_seqlens_q, context_lens, window, v_scales)
 
 
 def _inputs(case, dtype, device, generator) -> dict:
@@ -294,10 +316,15 @@ def _inputs(case, dtype, device, generator) -> dict:
         row[: len(own)] = own
     q = torch.randn(sum(case["queries"]) + case.get("padding", 0), H, D, generator=generator)
     k_pages, v_pages = (torch.randn(len(pages), P, K, D, generator=generator).to(device, dtype) for _ in range(2))
+    v_scales = None
+    if case.get("fp8"):
+        codes = [(x * 32).to(torch.float8_e4m3fn).view(torch.uint8) for x in (k_pages, v_pages)]
+        k_pages, v_pages = codes
+        v_scales = (2.0 ** torch.randint(-9, 0, k_pages.shape[:3], generator=generator)).to(device)
     cu_seqlens_q = torch.cat((torch.zeros(1, dtype=torch.int64), queries.cumsum(0))).int()
     return {"q": q.to(device, dtype), "k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables.to(device),
             "cu_seqlens_q": cu_seqlens_q.to(device), "context_lens": contexts.int().to(device),
-            "window": case.get("window", -1)}
+            "window": case.get("window", -1), "v_scales": v_scales}
 
 
 OP = declare(Op(
@@ -310,11 +337,16 @@ OP = declare(Op(
            "odd_empty_rows": dict(H=1, K=1, D=16, P=16, contexts=(9, 20, 5), queries=(1, 2, 0)),
            "odd_gqa_decode": dict(H=6, K=2, D=16, P=16, contexts=(30, 3, 300), queries=(1, 1, 1)),
            "window_splits": dict(H=1, K=1, D=16, P=16, contexts=(600,), queries=(1,), window=40),
+           "odd_fp8": dict(H=2, K=2, D=16, P=16, contexts=(5, 300), queries=(1, 1), fp8=True),
+           "odd_fp8_prefill_gqa": dict(H=4, K=2, D=16, P=16, contexts=(33, 7), queries=(20, 7), fp8=True),
+           "d20_fp8_b64": dict(H=10, K=10, D=128, P=256, contexts=(1024,) * 64, queries=(1,) * 64, fp8=True),
+           "d20_fp8_gqa_b64": dict(H=10, K=2, D=128, P=256, contexts=(1024,) * 64, queries=(1,) * 64, fp8=True),
+           "d20_fp8_prefill": dict(H=10, K=10, D=128, P=256, contexts=(1024,) * 4, queries=(512,) * 4, fp8=True),
            "d20_decode_b64": dict(H=10, K=10, D=128, P=256, contexts=(1024,) * 64, queries=(1,) * 64),
            "d20_decode_b1": dict(H=10, K=10, D=128, P=256, contexts=(2048,), queries=(1,)),
            "d20_gqa_b64": dict(H=10, K=2, D=128, P=256, contexts=(1024,) * 64, queries=(1,) * 64),
            "d20_prefill": dict(H=10, K=10, D=128, P=256, contexts=(1024,) * 4, queries=(512,) * 4)},
     make_inputs=_inputs,
     flops=lambda c: 4 * c["H"] * c["D"] * sum(n * q for n, q in zip(c["contexts"], c["queries"], strict=True)),
-    bytes=lambda c, itemsize: 2 * sum(c["contexts"]) * c["K"] * c["D"] * itemsize,
+    bytes=lambda c, itemsize: sum(c["contexts"]) * c["K"] * (2 * c["D"] + 4 if c.get("fp8") else 2 * c["D"] * itemsize),
 ))

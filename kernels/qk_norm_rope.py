@@ -50,6 +50,11 @@ def rotary_table(n_positions: int, head_dim: int, base: float = 10_000.0,
     return angle.cos(), angle.sin()
 
 
+def key_scale(head_dim: int) -> float:
+    """Return the power of two that normalized keys, at most sqrt(D) each, are multiplied by before they become e4m3."""
+    return 2.0 ** math.floor(math.log2(448 / head_dim ** 0.5))
+
+
 # keyed (sm, N >= 4,096); not tuned on a GPU yet. Many rows: a program turns all heads of 16 tokens, so that cos and sin
 # are read once. Few rows (decode): a program per head, or 20 heads of d20 would wait for each other.
 TILES = {

@@ -76,17 +76,28 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class PagedCache:
-    """Keys and values of all live sequences: per layer (pages, P, K, D) in the compute dtype."""
+    """Keys and values of all live sequences: per layer (pages, P, K, D) in the compute dtype.
+
+    With fp8 they are codes of e4m3, uint8, and v_scales (pages, P, K) fp32 undo those of the values.
+    """
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
+    v_scales: list[torch.Tensor | None]
 
     @classmethod
-    def allocate(cls, config: GPTConfig, n_pages: int, page_size: int, dtype: torch.dtype,
-                 device: torch.device) -> "PagedCache":
-        shape = (n_pages, page_size, config.n_kv_head, config.head_dim)
-        layers = [[torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in "kv"]
-        return cls(*layers)
+    def allocate(cls, config: GPTConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
+                 fp8: bool = False) -> "PagedCache":
+        def layers(*shape: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            return [torch.zeros(n_pages, page_size, *shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+
+        K, D = config.n_kv_head, config.head_dim
+        k, v = (layers(K, D, dtype=torch.uint8 if fp8 else dtype) for _ in "kv")
+        return cls(k, v, layers(K, dtype=torch.float32) if fp8 else [None] * config.n_layer)
+
+    @property
+    def layers(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        return zip(self.k, self.v, self.v_scales, strict=True)
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,8 @@ class PagedBatch:
     """One ragged step: the new tokens of S sequences laid end to end.
 
     tokens, positions, slots (N,) int64; block_tables (S, max_pages), cu_seqlens_q (S + 1,), context_lens (S,) int32;
-    out_rows (R,) int64 are the rows whose logits are wanted.
+    out_rows (R,) int64 are the rows whose logits are wanted. alone: attention computes each sequence as if it were
+    the only one, to the last bit.
     """
 
     tokens: torch.Tensor
@@ -104,6 +116,7 @@ class PagedBatch:
     cu_seqlens_q: torch.Tensor
     context_lens: torch.Tensor
     out_rows: torch.Tensor
+    alone: bool = False
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -126,7 +139,11 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def quantize(self) -> None:
-        self._codes = self.kernels.fp8_cast(self.weight)
+        codes = self.kernels.fp8_cast(self.weight)
+        if self._codes is None:
+            self._codes = codes
+        for kept, new in zip(self._codes, codes, strict=True):
+            kept.copy_(new)  # where a captured graph looks for them
 
     @property
     def codes(self) -> tuple | None:
@@ -162,11 +179,11 @@ class Attention(nn.Module):
         return self.c_proj(y.flatten(-2))
 
     def forward_paged(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor,
-                      v_pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+                      v_pages: torch.Tensor, v_scales: torch.Tensor | None, batch: PagedBatch) -> torch.Tensor:
         q, k, v = self._qkv(x)  # (N, H or K, D)
-        q = self.kernels.paged_append(q, k, v, cos, sin, k_pages, v_pages, batch.slots)
+        q = self.kernels.paged_append(q, k, v, cos, sin, k_pages, v_pages, batch.slots, v_scales)
         y = self.kernels.paged_attention(q, k_pages, v_pages, batch.block_tables, batch.cu_seqlens_q,
-                                         batch.context_lens, self.window)
+                                         batch.context_lens, self.window, v_scales, batch.alone)
         return self.c_proj(y.flatten(-2))
 
 
@@ -307,8 +324,8 @@ class GPT(nn.Module):
         """Append one ragged step to the cache; return what the head reads (R, C), where logits would be too many."""
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
         x = self._embed(batch.tokens)
-        for block, k_pages, v_pages in zip(self.transformer["h"], cache.k, cache.v, strict=True):
-            x = block.forward_paged(x, cos, sin, k_pages, v_pages, batch)
+        for block, pages in zip(self.transformer["h"], cache.layers, strict=True):
+            x = block.forward_paged(x, cos, sin, *pages, batch)
         return self.kernels.rms_norm(x[batch.out_rows])
 
     def _embed(self, idx: torch.Tensor) -> torch.Tensor:

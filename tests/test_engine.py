@@ -24,6 +24,7 @@ import nanochat.engine.engine
 from nanochat.common import UserError
 from nanochat.engine import SamplingParams
 from nanochat.engine.request import row_seed
+from nanochat.gpt import PagedCache
 
 LENGTHS = (1, 2, 14, 15, 16, 17, 31, 32, 33, 50, 80, 95, 96)  # page of 16 -1, 0, +1; context -1, 0
 
@@ -273,11 +274,11 @@ def test_abort_at_any_state_returns_the_pages_and_disturbs_nobody(make):
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("where, calls", [("forward_paged", 1), ("forward_paged", 2), ("draw", 2), ("accept", 1),
+@pytest.mark.parametrize("where, calls", [("forward_paged", 1), ("forward_paged", 2), ("_draw", 2), ("accept", 1),
                                           ("accept", 6)])
 def test_an_exception_inside_a_step_returns_every_page(make, monkeypatch, where, calls):
     engine = make()
-    owner = {"forward_paged": engine.model, "draw": nanochat.engine.engine, "accept": nanochat.engine.engine.Row}[where]
+    owner = {"forward_paged": engine.model, "_draw": engine.runner, "accept": nanochat.engine.engine.Row}[where]
     whole, seen = getattr(owner, where), []
 
     def fails_later(*args):
@@ -303,7 +304,7 @@ def test_a_cache_larger_than_the_memory_is_a_sentence(make, monkeypatch):
     def allocate(*args):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
-    monkeypatch.setattr(nanochat.engine.engine.PagedCache, "allocate", allocate)
+    monkeypatch.setattr(PagedCache, "allocate", allocate)
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value) == ("384 pages of 16 tokens for a batch of 64 must fit the memory of cpu, they do not: "

@@ -8,6 +8,7 @@ import torch
 from kernels import KernelConfig, KernelError, interpreter, resolve
 from kernels.check import assert_parity, run, small_cases
 from kernels.newton_schulz import newton_schulz_eager
+from kernels.qk_norm_rope import key_scale
 from kernels.registry import BACKENDS, OPS, callable_of, why_not
 from kernels.sample import sample_eager, uniform
 
@@ -189,6 +190,10 @@ def test_paged_attention_equals_dense_attention_over_the_gathered_context(case):
     values = inputs_of("paged_attention", case, torch.float64)
     got = callable_of("paged_attention", "eager")(**values)
     window, P = values["window"], values["k_pages"].size(1)
+    if (scales := values["v_scales"]) is not None:
+        codes = (values[name].view(torch.float8_e4m3fn).double() for name in ("k_pages", "v_pages"))
+        values["k_pages"] = next(codes) / key_scale(values["q"].size(2))
+        values["v_pages"] = next(codes) * scales[..., None]
     bounds = values["cu_seqlens_q"].tolist()
     for s, context in enumerate(values["context_lens"].tolist()):
         keys, vals = (torch.stack([pages[values["block_tables"][s, j // P], j % P] for j in range(context)])

@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from nanochat.common import UserError
-from nanochat.engine.batch import build_batch, copy_pages, draw, likeliest
 from nanochat.engine.pages import PagePool
 from nanochat.engine.request import Completion, Request, Row, SamplingParams, row_seed
-from nanochat.engine.scheduler import Scheduler
+from nanochat.engine.runner import Flight, Runner
+from nanochat.engine.scheduler import Plan, Scheduler
 from nanochat.engine.tools import Toolbox, Transcript
 from nanochat.gpt import GPT, PagedCache
 from nanochat.load import fill_model
@@ -37,13 +37,16 @@ class Engine:
     Call `sync_weights` after a change of the weights. One thread at a time may call the engine.
     tools: calculator, off, or python (what the calculator refuses runs in the sandbox). n_pages: pages of `page_size`
     tokens, by default enough for max_batch rows of the whole context. step_tokens: most tokens computed in a step, at
-    least max_batch. prefix_cache: keep pages for prompts that begin alike.
+    least max_batch. prefix_cache: keep pages for prompts that begin alike. kv_dtype, graphs, compiled, batch_invariant:
+    see Runner. overlap: launch a step before the draws of the one before are read, so that the host's work on them
+    hides behind the device's; a row that ends is computed once too often.
     Raises UserError for a value outside its range.
     """
 
     def __init__(self, model: GPT, tokenizer, *, tools: str = "calculator", allow_weak_sandbox: bool = False,
                  page_size: int = 16, n_pages: int | None = None, max_batch: int = 64, step_tokens: int = STEP_TOKENS,
-                 prefix_cache: bool = True):
+                 prefix_cache: bool = True, kv_dtype: str = "auto", graphs: bool | None = None,
+                 compiled: bool = False, overlap: bool = False, batch_invariant: bool = False):
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("n_pages", n_pages),
                             ("step_tokens", step_tokens)):
             if value is not None and value < 1:
@@ -54,11 +57,18 @@ class Engine:
         self.context = model.config.sequence_len
         self.weights_version = 0
         self.pool = PagePool(n_pages or max_batch * -(-self.context // page_size), page_size)
-        self.restore_kv()
+        self.runner = Runner(self.model, self.pool.total, page_size, max_batch, kv_dtype=kv_dtype, graphs=graphs,
+                             compiled=compiled, batch_invariant=batch_invariant)
+        self.overlap = overlap
+        self._flight: Flight | None = None  # with overlap, the step whose draws nobody has yet
         self.terminals = frozenset((tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id))
         self.scheduler = Scheduler(self.pool, max_batch, max(step_tokens, max_batch), prefix_cache)
         self._counts = {"requests": 0, "tokens": 0, "steps": 0}
         self._seconds = 0.0
+
+    @property
+    def cache(self) -> PagedCache | None:
+        return self.runner.cache
 
     @property
     def running(self) -> list[Row]:
@@ -174,16 +184,11 @@ class Engine:
         """Give back the memory of all pages until `restore_kv`. Raises UserError while requests run."""
         self._must_be_idle("the KV memory")
         self.pool.drop_prefixes()
-        self.cache = None
+        self.runner.release_kv()
 
     def restore_kv(self) -> None:
         """Take memory for all pages. Raises UserError when there is too little."""
-        pool, model = self.pool, self.model
-        try:
-            self.cache = PagedCache.allocate(model.config, pool.total, pool.page_size, model.dtype, model.device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{pool.total} pages of {pool.page_size} tokens for a batch of {self.max_batch} must fit "
-                            f"the memory of {model.device}, they do not: take a smaller batch") from error
+        self.runner.restore_kv()
 
     def step(self) -> None:
         """Compute up to step_tokens known tokens and draw the next one of every row that has none left."""
@@ -194,9 +199,12 @@ class Engine:
         calls = self._answer_calls()
         with torch.inference_mode():
             plan = self.scheduler.plan()
-            if plan.counts:
-                copy_pages(self.cache, list(plan.copies.values()))
-                self._advance(plan.counts)
+            flight = self._launch(plan) if plan.counts else None
+            landing, self._flight = (self._flight, flight) if self.overlap else (flight, None)
+            if landing:
+                self._land(landing)
+            elif flight:
+                pass
             elif calls:
                 concurrent.futures.wait(calls, TOOL_POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
             elif self.waiting:
@@ -220,35 +228,46 @@ class Engine:
 
     # --- inside a step ---
 
-    def _advance(self, counts: dict[Row, int]) -> None:
-        """Compute n tokens of each row, draw for those that have none left, and let go of the rows that end."""
-        batch = build_batch(counts, self.pool.page_size, self.model.device)
-        logits = self.model.forward_paged(batch, self.cache)
+    def _launch(self, plan: Plan) -> Flight:
+        """Start computing a step in which every row with no token left draws its next one."""
         drawing, source = [], []
-        for i, (row, n) in enumerate(counts.items()):
-            self.scheduler.computed(row, n)
-            samples = [] if row.pending else self._samples_of(row)
+        for i, (row, n) in enumerate(plan.counts.items()):
+            samples = self._samples_of(row) if n == row.pending else []
             drawing += samples
             source += [i] * len(samples)
+        flight = self.runner.launch(plan.counts, list(plan.copies.values()), drawing, source)
         self._counts["steps"] += 1
-        if not drawing:
-            return
-        if source != list(range(len(counts))):
-            logits = logits[torch.tensor(source, device=logits.device)]
-        drawn = draw(logits, drawing, self.model.kernels.sample)
-        for row, *token in zip(drawing, *drawn, likeliest(logits, drawing), strict=True):
+        for row, n in plan.counts.items():
+            self.scheduler.computed(row, n)
+        born = [row for row in drawing if row not in plan.counts]
+        for row in born:
+            self.scheduler.spawn(row.request.rows[0], row)
+        self.scheduler.waiting.extendleft(reversed(born))
+        for row, position in zip(drawing, flight.positions, strict=True):
+            row.request.spawned, row.drawn_at = True, position
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        """Give every row of a step what it drew, and let go of those that end.
+
+        A row that ended meanwhile, or was answered by its tool, drew in vain.
+        """
+        landed = []
+        for row, position, *token in flight.collect():
+            if row.finish_reason or not position == row.drawn_at == len(row.tokens):
+                continue
+            landed.append(row)
             expression = row.accept(*token, self.terminals)
             if expression is not None and self.tools != "off":
                 self._call(row, expression)
-        born = [row for row in drawing if row not in counts and not row.finish_reason]
-        self.scheduler.waiting.extendleft(reversed(born))
-        self._retire([row for row in drawing if row.finish_reason])
+        self._retire([row for row in landed if row.finish_reason])
 
     def _call(self, row: Row, expression: str) -> None:
         """Ask the tool; a row whose answer takes time waits for it while the others go on."""
         result = self.toolbox.call(expression)
         if isinstance(result, concurrent.futures.Future):
             row.call = (expression, result)
+            row.drawn_at, row.computed = -1, min(row.computed, len(row.tokens) - 1)  # it draws when it has the answer
         else:
             row.answer(expression, result)
 
@@ -270,12 +289,7 @@ class Engine:
     def _samples_of(self, row: Row) -> list[Row]:
         """Return the row, and after its prompt the request's other samples, which go on from its pages."""
         request = row.request
-        if request.spawned or row is not request.rows[0]:
-            return [row]
-        request.spawned = True
-        for sample in request.rows[1:]:
-            self.scheduler.spawn(row, sample)
-        return request.rows
+        return [row] if request.spawned or row is not request.rows[0] else request.rows
 
     def _worst_case(self, request: Request) -> int:
         """Return the pages of one sample at its longest; its last token is never computed."""

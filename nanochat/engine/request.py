@@ -121,6 +121,7 @@ class Row:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     page_keys: list[bytes] = field(default_factory=list)  # of its full pages, as prefixes
+    drawn_at: int = -1  # where the newest draw stands or, while nobody has collected it, is going to stand
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     best: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
@@ -137,9 +138,16 @@ class Row:
         return self.computed < len(self.request.prompt)
 
     @property
+    def length(self) -> int:
+        """Return how many tokens it has, a drawn one that is not known yet included."""
+        return len(self.tokens) + (self.drawn_at == len(self.tokens))
+
+    @property
     def pending(self) -> int:
         """Return how many tokens are not computed yet; the next is drawn when none is left."""
-        return len(self.tokens) - self.computed
+        if len(self.tokens) < self.length == self.request.limit:
+            return 0  # it ends with the token on its way
+        return self.length - self.computed
 
     def accept(self, token: int, logprob: float, best: tuple[tuple[int, float], ...],
                terminals: frozenset[int]) -> str | None:

@@ -61,7 +61,8 @@ class Scheduler:
         row.computed += n
         P = self.pool.page_size
         if self.prefix_cache:
-            for i in range(len(row.page_keys), row.computed // P):
+            known = min(row.computed, len(row.tokens))  # a token on its way is not
+            for i in range(len(row.page_keys), known // P):
                 parent = row.page_keys[-1] if row.page_keys else ROOT
                 row.page_keys.append(self.pool.publish(row.pages[i], parent, row.tokens[i * P:(i + 1) * P]))
 
