@@ -63,3 +63,79 @@ def test_prompts_prefill_together_up_to_the_budget_and_in_chunks(make):
     prompts = [prompt_of(90, seed) for seed in range(30)]  # 2,700 tokens, 2,048 a step
     engine.generate(prompts, dataclasses.replace(GREEDY, max_tokens=2))
     assert engine.model.computed[0] == 2048 and engine.stats()["steps"] == 3
+
+
+def test_a_prompt_of_whole_pages_that_is_known_computes_one_page_again(make):
+    """All of it known would leave no query: the last token's logits are wanted."""
+    engine = make()
+    for length in (16, 32, 48):
+        prompt = prompt_of(length)
+        for known in (0, length - 16):
+            before = engine.stats()["cached_tokens"]
+            assert_recomputed(engine, engine.generate([prompt], GREEDY), [prompt], GREEDY)
+            assert engine.stats()["cached_tokens"] - before == known
+    assert_idle(engine)
+
+
+def test_equal_prompts_that_start_together_share_nothing_that_is_not_written_yet(make):
+    engine = make(step_tokens=50)
+    requests = [engine.submit(prompt_of(60), GREEDY) for _ in range(3)]
+    engine.step()
+    assert engine.stats()["cached_tokens"] == 0  # 50 tokens of the first
+    engine.step()
+    assert engine.stats()["cached_tokens"] == 48  # the second finds three pages of them
+    while not all(request.done for request in requests):
+        engine.step()
+    assert_recomputed(engine, [r.completions() for r in requests], [prompt_of(60)] * 3, GREEDY)
+    assert_idle(engine)
+
+
+def test_a_preempted_row_starts_again_from_its_own_pages_and_draws_nothing_twice(make):
+    engine = make(n_pages=9)
+    requests = [engine.submit(prompt_of(40, seed), SamplingParams(50, seed=seed)) for seed in range(3)]
+    rows, lengths = [request.rows[0] for request in requests], [40] * 3
+    while not all(request.done for request in requests):
+        engine.step()
+        now = [len(row.tokens) for row in rows]
+        assert all(new - old in (0, 1) for old, new in zip(lengths, now, strict=True))
+        lengths = now
+    assert engine.stats()["preemptions"] > 0 and engine.stats()["cached_tokens"] >= 32
+    assert_recomputed(engine, [r.completions() for r in requests], [r.prompt for r in requests],
+                      [r.params for r in requests])
+
+
+def test_a_row_costs_one_step_per_token_and_nothing_after_its_end(make):
+    engine = make()
+    engine.generate([prompt_of(10), prompt_of(20)], [dataclasses.replace(GREEDY, max_tokens=n) for n in (2, 5)])
+    assert engine.model.computed == [30, 2, 1, 1, 1]  # the last token of each is never computed
+
+
+def test_what_a_row_with_bad_logits_computed_is_not_reused(make):
+    engine, prompt = make(), prompt_of(40)
+    request = engine.submit(prompt, GREEDY)
+    engine.step()
+    page = request.rows[0].pages[1]  # a fault of the machine in a page that is published by now
+    good = engine.cache.k[0][page].clone()
+    engine.cache.k[0][page] = float("nan")
+    while not request.done:
+        engine.step()
+    assert request.completions()[0].finish_reason == "error"
+    engine.cache.k[0][page] = good
+    before = engine.stats()["cached_tokens"]
+    assert_recomputed(engine, engine.generate([prompt], GREEDY), [prompt], GREEDY)
+    assert engine.stats()["cached_tokens"] == before
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("options", [dict(max_batch=1), dict(step_tokens=8, max_batch=3), dict(n_pages=8, max_batch=6),
+                                     dict(page_size=5), dict(prefix_cache=False)])
+def test_random_numbers_depend_on_seed_and_position_alone(make, options):
+    """One at a time, in chunks, preempted, in other pages; cold and with every prompt known; in either order."""
+    prompts = [prompt_of(40, seed) for seed in range(5)]
+    params = [SamplingParams(40, 1.0, seed=7) for _ in prompts]
+    want = [c.ids for (c,) in make().generate(prompts, params)]
+    engine = make(**options)
+    assert [c.ids for (c,) in engine.generate(prompts, params)] == want
+    assert [c.ids for (c,) in engine.generate(prompts[::-1], params)] == want[::-1]
+    assert (engine.stats()["preemptions"] > 0) == ("n_pages" in options)
+    assert (engine.stats()["cached_tokens"] > 0) == options.get("prefix_cache", True)

@@ -156,6 +156,29 @@ def test_equal_digests_do_not_make_equal_prefixes(monkeypatch):
     assert pool.match([3, 4, 9]) == ([], [])
 
 
+def test_a_matched_prefix_is_not_taken_for_new_tokens():
+    pool = PagePool(4, 2)
+    pool.release(published(pool, [1, 2, 3, 4]))
+    found, _ = pool.match([1, 2, 3, 4, 9])
+    assert pool.available == 2 and not set(found) & set(pool.allocate(2))
+    with pytest.raises(ValueError, match="1 pages wanted, 0 of 4 are available"):
+        pool.allocate(1)
+    pool.check()
+
+
+def test_withdrawn_pages_are_found_no_more_and_free_after_their_last_holder():
+    pool = PagePool(4, 2)
+    pages = published(pool, [1, 2, 3, 4])
+    found, _ = pool.match([1, 2, 3, 4, 9])
+    pool.withdraw(pages)
+    pool.check()
+    assert pool.match([1, 2, 3, 4, 9]) == ([], []) and pool.live == 2
+    pool.release(pages)
+    pool.release(found)
+    assert (pool.free, pool.cached) == (4, 0)
+    pool.check()
+
+
 def test_dropped_prefixes_are_free_again():
     pool = PagePool(4, 2)
     held, gone = published(pool, [1, 2]), published(pool, [3, 4])

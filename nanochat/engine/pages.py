@@ -136,6 +136,12 @@ class PagePool:
         self.peak = max(self.peak, self.live)
         return pages, keys
 
+    def withdraw(self, pages: list[int]) -> None:
+        """Make live pages findable no more: what is in them cannot be trusted."""
+        for page in pages:
+            if page in self._prefix:
+                self._forget(page)
+
     def drop_prefixes(self) -> None:
         """Forget every prefix: the weights that computed them are gone."""
         self._free += self._cached

@@ -81,6 +81,8 @@ class Scheduler:
         self.running = [row for row in self.running if row not in rows]
         self.waiting = deque(row for row in self.waiting if row not in rows)
         for row in rows:
+            if row.error:  # NaN in its logits may come from one of its pages
+                self.pool.withdraw(row.pages)
             self.release(row)
 
     # --- pages for one row ---
