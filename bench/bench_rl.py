@@ -28,8 +28,8 @@ from nanochat.tasks import make_task
 from scripts import chat_rl
 
 # the RL flags of speedrun.sh's tiny preset
-TINY = ("--examples-per-step 16 --num-samples 8 --num-steps 20 --device-batch-size 32 --lr-scale 0.1 "
-        "--max-tokens 48").split()
+TINY = ("--task arithmetic-hard --top-k 0 --examples-per-step 16 --num-samples 8 --num-steps 20 --device-batch-size 32 "
+        "--lr-scale 0.1 --max-tokens 48").split()
 TARGET = 0.05  # gain of pass@1 that every seed must reach and no control may
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat.calculator import calculate
 
+GSM8K_SPANS = Path(__file__).parent / "goldens" / "gsm8k_spans.tsv"
 # (text between << and =, result) in the style of grade-school solutions
 SPANS = [
     ("48/2", "24.0"), ("48+24", "72"), ("12/60", "0.2"), ("0.2*50", "10.0"), ("100/2", "50.0"), ("3*2", "6"),
@@ -66,6 +68,13 @@ def test_computes(expression, result):
 def test_equals_eval_on_plain_arithmetic(expression):
     plain = expression[0].replace(",", "").strip()
     assert calculate(expression[0]) == str(eval(plain, {"__builtins__": {}}))
+
+
+def test_gives_nanochats_result_on_the_spans_of_gsm8k():
+    """400 of the 27,998, every shape among them; `python -m bench.gsm8k_spans` compares and counts all."""
+    lines = [line.split("\t") for line in GSM8K_SPANS.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    assert len(lines) == 400
+    assert [(span, calculate(span)) for span, _ in lines] == [tuple(line) for line in lines]
 
 
 @pytest.mark.parametrize("expression", [h for h in HOSTILE if h.strip() != "1+1"], ids=lambda h: ascii(h)[:24])

@@ -164,8 +164,8 @@ def test_the_imports_at_the_top_of_the_prompt_are_kept(prompt, imports):
 def test_a_program_is_judged_by_running_the_problems_tests_with_the_prompts_imports(shelf):
     test = "def check(candidate):\n    assert candidate(9) == 3\n    assert candidate(16) == 4\n"
     shelf.put(*FILES["HumanEval", "test"][0], [hub_shelf.CODE_ROW | {
-        "prompt": "import math\n\n\ndef root(n):\n", "canonical_solution": "    return math.isqrt(n)\n", "test": test,
-        "entry_point": "root"}])
+        "prompt": 'import math\n\n\ndef root(n):\n    """Root."""\n',
+        "canonical_solution": "    return math.isqrt(n)\n", "test": test, "entry_point": "root"}])
     task = make_task("HumanEval", "test")
     canonical = task[0]["messages"][-1]["content"]
     for text, right in [(canonical, True), ("Use it:\n```python\ndef root(n):\n    return math.isqrt(n)\n```\n", True),
