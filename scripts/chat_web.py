@@ -36,7 +36,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_device_flags(parser)
     parser.add_argument("--tools", default="calculator", choices=TOOLS, help="what answers the model's calls")
     parser.add_argument("--max-batch", type=positive_int, default=64, help="most answers computed at once, per GPU")
-    parser.add_argument("--queue", type=whole, default=64, help="most requests waiting; more are told to come again")
+    parser.add_argument("--queue", type=positive_int, default=64, help="most requests waiting; more get a 429")
     parser.add_argument("--queue-timeout", type=positive_float, default=30.0, help="seconds a request may wait")
     parser.add_argument("--log-text", action="store_true", help="log what is said; by default only counts and times")
     for name, kind, what in (("temperature", rate, "0 always takes the likeliest token"),

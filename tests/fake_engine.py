@@ -1,11 +1,18 @@
 """An engine without a model, for the server: every request gets the events it is told to, one a step."""
 
+import math
+import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
+
+from starlette.testclient import TestClient
 
 from nanochat.common import UserError
 from nanochat.engine import Completion
 from nanochat.engine.request import Times
+from nanochat.server import Settings, create_app
+from nanochat.server.serve import Server, listen
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 VOCAB = 256 + len(SPECIAL_TOKENS)
@@ -59,11 +66,16 @@ class FakeRequest:
 
 
 class FakeEngine:
-    """reply: events, or a function from (prompt as text, sample) to them. step_seconds: how long a step sleeps."""
+    """reply: events, or a function from (prompt as text, sample) to them. step_seconds: how long a step sleeps.
 
-    def __init__(self, reply=HELLO, *, step_seconds=0.0, max_batch=64, context=1024, refuse=None):
+    refuse: the sentence with which `submit` refuses. failing_steps: how many steps raise.
+    """
+
+    def __init__(self, reply=HELLO, *, step_seconds=0.0, max_batch=64, context=1024, refuse=None,
+                 failing_steps=0):
         self.reply = reply if callable(reply) else lambda prompt, sample: reply
         self.step_seconds, self.max_batch, self.context, self.refuse = step_seconds, max_batch, context, refuse
+        self.failing_steps = failing_steps
         self.tokenizer, self.tools = byte_tokenizer(), "calculator"
         self.requests: list[FakeRequest] = []
         self.submitted: list[FakeRequest] = []
@@ -79,7 +91,7 @@ class FakeEngine:
     def pool(self):
         return SimpleNamespace(live=len(self.running), total=100)
 
-    def submit(self, prompt, params, timeout):
+    def submit(self, prompt, params, timeout=math.inf):
         if self.refuse:
             raise UserError(self.refuse)
         text = self.tokenizer.decode(prompt)
@@ -91,6 +103,9 @@ class FakeEngine:
 
     def step(self):
         self.steps += 1
+        if self.failing_steps:
+            self.failing_steps -= 1
+            raise RuntimeError("a step that fails")
         time.sleep(self.step_seconds)
         for request in self.requests:
             for i, reply in enumerate(request.replies):
@@ -111,3 +126,36 @@ class FakeEngine:
 
     def stats(self):
         return {"steps": self.steps, "preemptions": 0, "cached_tokens": 0}
+
+
+@contextmanager
+def client_of(engine, **settings):
+    """A client of an app in this process, without a socket."""
+    app = create_app(lambda: engine, Settings(**settings))
+    with TestClient(app, base_url="http://localhost") as client:
+        until(lambda: app.state.pool.state != "loading")
+        yield client
+
+
+@contextmanager
+def live(app):
+    """Serve the app on a free loopback port, in a thread; yields the server, whose `url` is where."""
+    with listen("127.0.0.1", 0) as listener:
+        server = Server(app)
+        server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            until(lambda: server.started and app.state.pool.state != "loading")
+            yield server
+        finally:
+            server.stop()
+            thread.join()
+
+
+def until(condition, seconds=10.0):
+    """Wait for the condition; fails when it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)

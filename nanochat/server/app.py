@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import from_json
@@ -23,14 +23,26 @@ from nanochat.server.answers import Answer, ChatAnswer, TextAnswer
 from nanochat.server.errors import ApiError, add_error_handlers
 from nanochat.server.job import Job
 from nanochat.server.metrics import Metrics
-from nanochat.server.schemas import ChatRequest, CompletionRequest, ErrorBody, Sampling
+from nanochat.server.schemas import (
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    ErrorBody,
+    Health,
+    Model,
+    ModelList,
+    Sampling,
+    TextCompletion,
+)
 from nanochat.server.security import Guard, plain
-from nanochat.server.settings import MAX_BODY_BYTES, MAX_SAMPLES, Settings
+from nanochat.server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_SAMPLES, Settings
 from nanochat.server.static_files import static_files
 from nanochat.server.worker import Pool
 
 ERRORS = {"4XX": {"model": ErrorBody}, 503: {"model": ErrorBody}}
-STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a chunk or an error as JSON; [DONE] at the end"}}}
+STREAM = {"text/event-stream": {"itemSchema": EVENT}}
 
 log = logging.getLogger("nanochat.server")
 AppStatus.disable_automatic_graceful_drain()  # streams end by Pool.drain, which lets them finish
@@ -53,14 +65,15 @@ def create_app(engine_factory: Callable[[], Engine] | list[Callable[[], Engine]]
         yield
         await asyncio.to_thread(pool.stop)
 
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.pool = pool
     app.router.route_class = StrictRoute
     add_error_handlers(app)
     files = static_files()
-    Api(pool, settings).add_to(app)
+    api = Api(pool, settings)
+    api.add_to(app)
     add_pages(app, files)
-    app.add_middleware(Guard, settings=settings, public=frozenset({"/health", *files}))
+    app.add_middleware(Guard, settings=settings, public=frozenset({"/health", *files}), count=api.metrics.answered)
     return app
 
 
@@ -74,29 +87,38 @@ class Api:
 
     def add_to(self, app: FastAPI) -> None:
         app.get("/health", responses=ERRORS)(self.health)
-        app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **ERRORS})(self.show_metrics)
+        app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)(self.show_metrics)
         app.get("/v1/models", responses=ERRORS)(self.models)
-        app.post("/v1/chat/completions", responses={**STREAM, **ERRORS})(self.chat)
-        app.post("/v1/completions", responses={**STREAM, **ERRORS})(self.complete)
+        app.get("/v1/models/{model}", responses=ERRORS)(self.model)
+        for path, kind, answer in (("/v1/chat/completions", ChatCompletion, self.chat),
+                                   ("/v1/completions", TextCompletion, self.complete)):
+            app.post(path, response_model=None, responses={200: {"model": kind, "content": STREAM}, **ERRORS})(answer)
 
     @property
     def engine(self) -> Engine:
         self.pool.check_ready()
         return self.pool.engines[0]
 
-    async def health(self) -> dict:
+    async def health(self) -> Health:
+        """Say whether requests are served; asks for no token."""
         self.pool.check_ready()
-        return {"status": "ok"}
+        return Health(status="ok")
 
     async def show_metrics(self) -> Response:
+        """Return counters and histograms as text for Prometheus."""
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self) -> dict:
-        """List the one model, with its context and the defaults of its sampling as extras."""
-        engine, defaults = self.engine, self.settings.defaults
-        return {"object": "list", "data": [{
-            "id": self.settings.model, "object": "model", "created": self.started, "owned_by": "nanochat",
-            "max_model_len": engine.context, "tools": engine.tools, "defaults": vars(defaults)}]}
+    async def models(self) -> ModelList:
+        """List the one model."""
+        engine = self.engine
+        return ModelList(object="list", data=[Model(
+            id=self.settings.model, object="model", created=self.started, owned_by="nanochat",
+            max_model_len=engine.context, tools=engine.tools, defaults=vars(self.settings.defaults))])
+
+    async def model(self, model: str) -> Model:
+        """Return the one model, when it is asked for by its name."""
+        self._check_model(model)
+        return (await self.models()).data[0]
 
     async def chat(self, body: ChatRequest, request: Request) -> Any:
         """Continue a conversation."""
@@ -120,9 +142,8 @@ class Api:
 
     async def _answer(self, body: Sampling, request: Request, kind: type[Answer], prompts: list[list[int]],
                       max_tokens: int | None, logprobs: int | None) -> Any:
-        if body.model not in (None, self.settings.model):
-            raise ApiError(404, f"model must be {self.settings.model}, got {plain(body.model[:60])}",
-                           "model_not_found", "model")
+        if body.model is not None:
+            self._check_model(body.model)
         if len(prompts) * (body.n or 1) > MAX_SAMPLES:
             raise ApiError(400, f"prompts times n must be at most {MAX_SAMPLES}, got {len(prompts) * body.n}",
                            "invalid_value", "n")
@@ -146,6 +167,11 @@ class Api:
             raise
         return JobStream(answer.chunks(), lambda: self._close(job), self.settings)
 
+    def _check_model(self, name: str) -> None:
+        if name != self.settings.model:
+            raise ApiError(404, f"model must be {self.settings.model}, got {plain(name[:60])}", "model_not_found",
+                           "model")
+
     async def _admitted(self, job: Job) -> None:
         """Wait in the queue; raises ApiError when that takes too long."""
         try:
@@ -155,9 +181,14 @@ class Api:
                            "queue_timeout") from None
 
     def _close(self, job: Job) -> None:
-        """Let go of a job that is done, failed or abandoned, and count it."""
+        """Let go of a job that is done, failed or abandoned; count it and log it, what was said only if asked to."""
         self.pool.cancel(job)
         self.metrics.observe(job)
+        said = [(c.finish_reason, c.completion_tokens, *([c.text] if self.settings.log_text else []))
+                for c in job.completions]
+        tokenizer = self.pool.engines[0].tokenizer
+        asked = [tokenizer.decode(p) if self.settings.log_text else len(p) for p in job.prompts]
+        log.info("%s", plain(f"{asked} -> {said or job.error or 'nobody listens'}"))
 
     def _params(self, body: Sampling, prompt: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return how to sample, after checking that the longest prompt and its answer fit the context."""
@@ -196,12 +227,16 @@ class StrictRequest(Request):
         if not hasattr(self, "_body"):
             announced = self.headers.get("content-length", "0")
             body, most = bytearray(), int(announced) if announced.isdecimal() else 0
-            while most <= MAX_BODY_BYTES:
-                message = await self.receive()
-                body += message.get("body", b"")
-                most = max(most, len(body))
-                if not message.get("more_body"):
-                    break
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    while most <= MAX_BODY_BYTES:
+                        message = await self.receive()
+                        body += message.get("body", b"")
+                        most = max(most, len(body))
+                        if not message.get("more_body"):
+                            break
+            except TimeoutError:
+                raise ApiError(408, f"a request body must arrive within {BODY_SECONDS:g} s", "timeout") from None
             if most > MAX_BODY_BYTES:
                 raise ApiError(413, f"a request body must have at most {MAX_BODY_BYTES} bytes", "body_too_large")
             self._body = bytes(body)

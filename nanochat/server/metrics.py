@@ -25,7 +25,8 @@ class Metrics(Collector):
             return kind(f"nanochat_{name}", text, labels, registry=self.registry, **options)
 
         self.finished = make(Counter, "request_success", "choices that ended", ["finished_reason"])
-        self.refused = make(Counter, "request_errors", "requests answered with an error", ["code"])
+        self.failed = make(Counter, "request_failures", "requests that failed in the queue or the engine", ["code"])
+        self.responses = make(Counter, "http_responses", "answers by status", ["status"])
         self.prompt_tokens = make(Counter, "prompt_tokens", "tokens of prompts")
         self.generation_tokens = make(Counter, "generation_tokens", "tokens of completions")
         self.tool_calls = make(Counter, "tool_calls", "calls of the tool", ["result"])
@@ -35,10 +36,13 @@ class Metrics(Collector):
                                buckets=TOKEN_SECONDS)
         self.latency = make(Histogram, "e2e_request_latency_seconds", "from arrival to the end", buckets=SECONDS)
 
+    def answered(self, status: int) -> None:
+        self.responses.labels(status).inc()
+
     def observe(self, job: Job) -> None:
         """Count a job that has ended, with an error or with completions."""
         if job.error:
-            self.refused.labels(job.error.code).inc()
+            self.failed.labels(job.error.code).inc()
         for completion in job.completions:
             times = completion.times
             self.finished.labels(completion.finish_reason).inc()

@@ -7,13 +7,22 @@ declared with the one value that asks for nothing, so that anything else is refu
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nanochat.engine.request import MAX_LOGPROBS, MAX_SEED, MAX_STOP_CHARS, MAX_STOPS
 from nanochat.server.settings import MAX_MESSAGES, MAX_SAMPLES
 
+
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise ValueError("must be false")
+    return value
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Off = Annotated[bool, AfterValidator(_refuse_true), Field(json_schema_extra={"const": False})]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
@@ -57,9 +66,9 @@ class Sampling(Body):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = Field(None, description="an extra, for benchmarks: go on to max_tokens")
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    repetition_penalty: Literal[1] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
@@ -86,8 +95,8 @@ class CompletionRequest(Sampling):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_SAMPLES)] | TokenIds | Annotated[
         list[TokenIds], Field(min_length=1, max_length=MAX_SAMPLES)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    echo: Off | None = None
     suffix: Literal[""] | None = None
 
     @property
@@ -96,6 +105,129 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt
+
+
+# --- answers, for /openapi.json: nanochat/server/answers.py makes them ------------------------------
+
+
+class TokenLogprob(BaseModel):
+    """A token; bytes are its own, as its text alone may be no UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChosenToken]
+    refusal: None
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class ToolCall(BaseModel):
+    """An extra: what the model asked the server's tool, and the answer, null when the tool refused."""
+
+    input: str
+    output: str | None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    tool_trace: list[ToolCall]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: TextLogprobs | None
+    tool_trace: list[ToolCall]
+
+
+class CachedTokens(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class Timings(BaseModel):
+    """An extra, in llama.cpp's names: counts of tokens, milliseconds, tokens per second."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float
+    queue_ms: float
+    time_to_first_token_ms: float
+
+
+class Complete(BaseModel):
+    """What both kinds of answer share; seed, an extra, gives the same answer again."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage
+    seed: int
+    timings: Timings
+
+
+class ChatCompletion(Complete):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class TextCompletion(Complete):
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Model(BaseModel):
+    """The model; its context in tokens, what answers its calls, and how it samples by default are extras."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    tools: str
+    defaults: dict[str, float]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
 
 
 class ErrorDetail(BaseModel):

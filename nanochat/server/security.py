@@ -8,6 +8,7 @@ import hmac
 import ipaddress
 import logging
 import time
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,10 +28,10 @@ log = logging.getLogger("nanochat.server")
 
 
 class Guard:
-    """ASGI middleware. public: paths that ask for no token."""
+    """ASGI middleware. public: paths that ask for no token; count is told the status of every answer."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, public: frozenset[str]):
-        self.app, self.settings, self.public = app, settings, public
+    def __init__(self, app: ASGIApp, settings: Settings, public: frozenset[str], count: Callable[[int], None]):
+        self.app, self.settings, self.public, self.count = app, settings, public, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,6 +53,7 @@ class Guard:
         else:
             await self.app(scope, receive, send_with_headers)
         finally:
+            self.count(status)
             log.info("%s %s %d %.0f ms", scope["method"], plain(scope["path"]), status,
                      1000 * (time.monotonic() - start))
 

@@ -6,8 +6,11 @@ import socket
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.common import UserError
+
+HEADER_SECONDS = 10.0  # within once and twice this a request must have come
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -25,8 +28,25 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     server = Server(app)
     server.run(sockets=[listener])
-    if app.state.pool.state == "failed":
+    if app.state.pool.failure:
         raise UserError(app.state.pool.failure)
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that hangs up on a client who takes too long to ask: uvicorn itself waits forever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.was_idle = False
+        self._look()
+
+    def _look(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.was_idle:
+            self.transport.close()
+        if not self.transport.is_closing():
+            self.was_idle = idle
+            self.loop.call_later(HEADER_SECONDS, self._look)
 
 
 class Server(uvicorn.Server):
@@ -34,7 +54,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI):
         self.pool = app.state.pool
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+        super().__init__(uvicorn.Config(app, http=Protocol, log_level="warning", access_log=False, server_header=False,
                                         timeout_graceful_shutdown=round(self.pool.settings.drain) + 2))
         self.pool.on_failure = self.stop
 

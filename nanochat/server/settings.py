@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MAX_BODY_BYTES = 2**20
 MAX_HEADER_BYTES = 2**15
+BODY_SECONDS = 30.0  # in which a body must arrive
 MAX_MESSAGES = 500
 MAX_SAMPLES = 16  # of one request: prompts times n
 

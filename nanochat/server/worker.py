@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from time import monotonic
 
 from nanochat.common import UserError
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import Completion, Engine, Request, SamplingParams
 from nanochat.server.errors import ApiError
 from nanochat.server.job import Event, Job
 from nanochat.server.settings import Settings
 
 STEPS_AHEAD = 2
-FAILED_STEPS = 3  # in a row, before a worker gives its engine up
+STOP_SECONDS = 5.0
 
 log = logging.getLogger("nanochat.server")
 
@@ -59,8 +59,7 @@ class Pool:
     def check_ready(self) -> None:
         """Raise ApiError when no job can be taken now."""
         if self.state != "ready":
-            sentence = {"loading": "the model is being loaded", "draining": "the server is shutting down"}
-            raise ApiError(503, sentence.get(self.state, self.failure), self.state)
+            raise self._refusal()
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises ApiError 429 when the queue is full, 503 when the server is not ready."""
@@ -86,31 +85,35 @@ class Pool:
         self.state = "draining"
         with self._changed:
             waiting = list(self._waiting)
-        end = ApiError(503, "the server is shutting down", "draining")
-        self._end(waiting, end)
+        self._end(waiting)
         deadline = monotonic() + self.settings.drain
         while self.jobs and monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self._end(list(self.jobs), end)
+        self._end(list(self.jobs))
 
     def stop(self) -> None:
-        """End the threads; returns when they have ended."""
-        with self._changed:
-            self.state = "draining"
-            self._changed.notify_all()
-        self._end(list(self.jobs), ApiError(503, "the server is shutting down", "draining"))
+        """End the threads; returns when they have ended, or soon when one is still loading."""
         for worker in self.workers:
             worker.stopping = True
             worker.ahead.release()
-            with self._changed:
-                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
         for worker in self.workers:
-            worker.join()
+            worker.join(STOP_SECONDS)
 
-    def _end(self, jobs: list[Job], error: ApiError) -> None:
+    def _end(self, jobs: list[Job]) -> None:
+        """Fail jobs for the reason that the pool takes no more."""
         for job in jobs:
-            job.fail(error)
+            job.fail(self._refusal())
             self.cancel(job)
+
+    def _refusal(self) -> ApiError:
+        sentences = {"loading": "the model is being loaded", "draining": "the server is shutting down"}
+        return ApiError(503, self.failure or sentences[self.state], self.state)
+
+    def _failed(self) -> None:
+        self._end(list(self.jobs))
+        self.on_failure()
 
     # --- for the workers' threads ---
 
@@ -120,7 +123,7 @@ class Pool:
 
     def fail(self, sentence: str) -> None:
         self.state, self.failure = "failed", sentence
-        self.call(self.on_failure)
+        self.call(self._failed)
 
     def take(self, worker: "Worker") -> list[Job]:
         """Return jobs for the room that the worker has, waiting for one when it has nothing to do."""
@@ -188,17 +191,13 @@ class Worker(threading.Thread):
                 log.exception("the model could not be loaded")
             return self.pool.fail(f"the model could not be loaded: {error}")
         self.pool.loaded()
-        failed = 0
         while not self.stopping:
             try:
                 self._turn()
-                failed = 0
             except Exception:
                 log.exception("a step of the engine failed")
-                failed += 1
-                self._give_up_jobs()
-                if failed == FAILED_STEPS:
-                    return self.pool.fail(f"the engine failed {failed} times in a row; see the server's log")
+                if not self._recover():
+                    return self.pool.fail("the engine failed, and failed again when started over; see the log")
 
     def _turn(self) -> None:
         """Take jobs, step once, and deliver what is new."""
@@ -234,13 +233,21 @@ class Worker(threading.Thread):
         self.running = running
         self.load = sum(one.job.choices for one in running)
 
-    def _give_up_jobs(self) -> None:
-        """After a failed step nothing in the engine can be trusted: fail its jobs and start over."""
+    def _recover(self) -> bool:
+        """After a failed step nothing in the engine can be trusted: fail its jobs, start over, and say if it works."""
         error = ApiError(503, "the engine failed at this request or one beside it; see the log", "engine_error")
         for running in self.running:
             self.pool.call(self._fail, running.job, error)
         self._keep([])
-        self.engine.reset()
+        try:
+            self.engine.reset()
+            probe = self.engine.submit([self.engine.tokenizer.bos_id], SamplingParams(max_tokens=1))
+            while not probe.done:
+                self.engine.step()
+        except Exception:
+            log.exception("the engine does not work any more")
+            return False
+        return True
 
     def _deliver(self, news: list[tuple[Job, list[Event], list[Completion]]]) -> None:
         if news:
