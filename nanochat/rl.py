@@ -19,6 +19,7 @@ from nanochat.common import Runtime, UserError
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.gpt import GPT
 from nanochat.tasks import Task
+from nanochat.tokenizer import Tokenizer
 
 PASS_AT = 8  # pass@k is measured for k = 1..8
 PAD_MULTIPLE = 16  # rows are padded to a multiple of this, so that few widths occur
@@ -67,6 +68,30 @@ class Rollout:
     advantage: float
 
 
+class FittingProblems(Task):
+    """The problems of a task whose prompts leave room for an answer in a context of `context` tokens.
+
+    `left_out` counts the others. nanochat's context of 2,048 holds all of GSM8K, the tiny preset's of 256 all but 9.
+    """
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, context: int):
+        if task.kind != "generative":
+            raise UserError(f"--task must be one whose answers are sampled and rewarded, {task.name} is {task.kind}")
+        self.name, self.kind, self.evaluate, self.reward = task.name, task.kind, task.evaluate, task.reward
+        self._task = task
+        self._numbers = [i for i in range(len(task)) if len(tokenizer.render_for_completion(task[i])) < context]
+        self.left_out = len(task) - len(self._numbers)
+        if not self._numbers:
+            raise UserError(f"task {task.name} must have a problem of fewer tokens than the context of {context}, "
+                            f"all {len(task)} are longer")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._task[self._numbers[index]]
+
+
 class RolloutBatches:
     """A step's micro-batches (nanochat.train.Batches): answers to the next problems, sampled with the current weights.
 
@@ -76,8 +101,6 @@ class RolloutBatches:
 
     def __init__(self, task: Task, engine: Engine, settings: RolloutSettings, rows_per_batch: int,
                  runtime: Runtime, state: dict | None = None):
-        if task.kind != "generative":
-            raise UserError(f"--task must be one whose answers are sampled and rewarded, {task.name} is {task.kind}")
         if settings.examples_per_step % runtime.world_size:
             raise UserError(f"--examples-per-step must be a multiple of ranks {runtime.world_size}, got "
                             f"{settings.examples_per_step}")

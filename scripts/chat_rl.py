@@ -9,7 +9,14 @@ from nanochat.common import UserError, close_runtime, init_runtime, print0, run_
 from nanochat.engine import Engine
 from nanochat.metrics import metrics_path, rows_until
 from nanochat.report import Report
-from nanochat.rl import PASS_AT, RolloutBatches, RolloutSettings, evaluate_pass_at_k, rollout_identity
+from nanochat.rl import (
+    PASS_AT,
+    FittingProblems,
+    RolloutBatches,
+    RolloutSettings,
+    evaluate_pass_at_k,
+    rollout_identity,
+)
 from nanochat.stage import add_training_flags, make_trainer, model_from, training_facts
 from nanochat.tasks import make_task
 from nanochat.train import Schedule
@@ -45,8 +52,9 @@ def main(args: argparse.Namespace) -> None:
                                args.seed, args.permute_advantages)
     runtime = init_runtime(args.device, seed=args.seed)
     model, tokenizer, source_state = model_from(args.source, args, runtime)
-    train_task = make_task(args.task, "train", args.problems, TASK_SEED)
-    val_task = make_task(args.task, "val", args.eval_problems)
+    train_task, val_task = (
+        FittingProblems(make_task(args.task, split, size, seed), tokenizer, model.config.sequence_len)
+        for split, size, seed in (("train", args.problems, TASK_SEED), ("val", args.eval_problems, 0)))
     engine = Engine(model, tokenizer, max_batch=args.rollout_batch_size)
 
     def evaluate(step: int) -> dict:
@@ -60,12 +68,13 @@ def main(args: argparse.Namespace) -> None:
     finished = trainer.restore(args.resume)
     batches = RolloutBatches(train_task, engine, settings, args.device_batch_size, runtime, trainer.data_state)
     print0(f"plan: {schedule.n_steps:,} steps of {args.examples_per_step} problems x {args.num_samples} answers, "
-           f"{len(train_task):,} problems of {args.task}")
+           f"{len(train_task):,} problems of {train_task.name} ({train_task.left_out} too long for the context), "
+           f"{len(val_task):,} held out ({val_task.left_out} too long)")
     if finished:
         print0("rl: already finished, nothing to do")
         return close_runtime()
     trainer.run(batches, when_done=lambda: Report().section("RL", _facts(args, trainer, schedule, engine, identity,
-                                                                        len(val_task))))
+                                                                        train_task, len(val_task))))
     close_runtime()
 
 
@@ -75,15 +84,15 @@ def _num_steps(args: argparse.Namespace, n_problems: int) -> int:
     return args.num_steps if args.num_steps > 0 else max(1, n_problems // args.examples_per_step)
 
 
-def _facts(args, trainer, schedule, engine, identity, n_held_out) -> dict:
+def _facts(args, trainer, schedule, engine, identity, task, n_held_out) -> dict:
     rows = rows_until(metrics_path("rl"), schedule.n_steps)
     steps = [row for row in rows if "reward" in row]
     rewards = [row["reward"] for row in steps]
     passed = [row["pass_at_k"] for row in rows if "pass_at_k" in row]
     tenth = max(1, len(rewards) // 10)
-    facts = {"Started from": identity["source"], "Task": args.task, "Problems": identity["problems"],
-             "Problems per step": args.examples_per_step,
-             "Answers per problem": args.num_samples,
+    facts = {"Started from": identity["source"], "Task": task.name, "Problems": len(task),
+             "Problems left out, too long for the context": task.left_out,
+             "Problems per step": args.examples_per_step, "Answers per problem": args.num_samples,
              "Reward, mean of the first tenth of the steps": sum(rewards[:tenth]) / tenth,
              "Reward, mean of the last tenth": sum(rewards[-tenth:]) / tenth,
              "|log p of engine - of trainer| in nats, mean": sum(row["logprob_gap"] for row in steps) / len(steps),

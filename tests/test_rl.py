@@ -21,6 +21,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import Report
 from nanochat.rl import (
     PASS_AT,
+    FittingProblems,
     Rollout,
     RolloutBatches,
     RolloutSettings,
@@ -428,6 +429,19 @@ def test_examples_that_do_not_divide_by_the_ranks_are_refused(tokenizer):
     engine = ScriptedEngine(tokenizer, make_model(tokenizer), None)
     assert error_of(RolloutBatches, Questions(6), engine, settings(), 4, Runtime(CPU.device, 0, 3)) == (
         "--examples-per-step must be a multiple of ranks 3, got 4")
+
+
+def test_problems_that_leave_no_room_for_an_answer_are_left_out_and_counted(tokenizer):
+    task = Questions(12, lambda number, answer: number)
+    lengths = [len(tokenizer.render_for_completion(task[i])) for i in range(12)]
+    assert lengths[9] < lengths[10] == lengths[11]
+    fitting = FittingProblems(task, tokenizer, lengths[10])
+    assert (len(fitting), fitting.left_out) == (10, 2)
+    assert [fitting[i]["number"] for i in range(10)] == list(range(10))
+    assert FittingProblems(task, tokenizer, lengths[10] + 1).left_out == 0
+    assert fitting.reward(fitting[9], said([1])) == 9.0 and fitting.kind == "generative"
+    assert error_of(FittingProblems, task, tokenizer, lengths[0]) == (
+        f"task questions must have a problem of fewer tokens than the context of {lengths[0]}, all 12 are longer")
 
 
 def test_a_problem_that_the_engine_cannot_serve_stops_the_run(tokenizer):
