@@ -1,18 +1,19 @@
-"""Chat tasks are judged by letters or by sampled answers; the programs that evaluate models, run whole on tiny ones."""
+"""Chat tasks are judged by their likeliest letter or by sampled answers, graded beside the engine."""
 
 import json
-import shutil
-from dataclasses import asdict
+import threading
 
 import pytest
 import torch
 
 from nanochat.common import Runtime, UserError
 from nanochat.engine import SamplingParams
+from nanochat.evals import chat
 from nanochat.evals.chat import ChatResult, answer_letters, chat_core, run_chat_eval
-from nanochat.tasks import TASKS, Answer, make_task
+from nanochat.evals.results import ResponseLog
+from nanochat.evals.scoring import Score
+from nanochat.tasks import Answer, make_task
 from nanochat.tasks.common import reference_text
-from scripts import base_eval, chat_eval
 
 
 class CharTokenizer:
@@ -27,38 +28,61 @@ class CharTokenizer:
         return [self.bos_id, *self.encode(conversation["messages"][0]["content"]), self.ask]
 
 
-class LetterModel:
-    """Answers each question with a given letter; other tokens and other positions get louder noise."""
+class LetterScorer:
+    """Finds a given letter the likeliest answer to each question; remembers how many rows it was given at once."""
 
-    device = torch.device("cpu")
+    max_len = 512
 
-    class config:
-        sequence_len = 512
+    def __init__(self, answers=()):
+        self.answers, self.calls = dict(answers), []  # question -> letter
 
-    def __init__(self, answers):
-        self.answers, self.shapes = answers, []  # question -> letter
+    def score(self, rows):
+        self.calls.append(len(rows))
+        return [self._score(row.ids, row.start) for row in rows]
 
-    def __call__(self, x):
-        self.shapes.append(tuple(x.shape))
-        logits = torch.zeros(*x.shape, 128)
-        logits[..., ord("Z")] = 99.0  # likelier than any letter, and not one of them
-        for row, ids in enumerate(x.tolist()):
-            end = ids.index(CharTokenizer.ask) if CharTokenizer.ask in ids else len(ids) - 1
-            text = "".join(map(chr, ids[1:end]))
-            logits[row, end, ord(self.answers.get(text, "A"))] = 5.0
-            logits[row, end + 1 :, ord("D")] = 9.0
-        return logits
+    def _score(self, ids, start):
+        assert ids[start - 1] == CharTokenizer.ask and start == len(ids) - 1 and len(ids) <= self.max_len + 1
+        text = "".join(map(chr, ids[1 : start - 1]))
+        return Score(0.5 if chr(ids[start]) == self.answers.get(text, "A") else 2.0, greedy=False)
+
+
+class ScriptedRequest:
+    def __init__(self, completions, steps):
+        self.answers, self.steps = completions, steps
+
+    @property
+    def done(self):
+        return self.steps <= 0
+
+    def completions(self):
+        return self.answers
 
 
 class ScriptedEngine:
-    """Gives prepared completions, n per prompt, and remembers what it was asked."""
+    """Gives prepared completions, n per prompt, in one to five steps, and remembers what it was asked."""
 
-    def __init__(self, model, answers):
-        self.model, self.tokenizer, self.answers, self.asked = model, CharTokenizer(), answers, []
+    max_batch = 3
 
-    def generate(self, prompts, params, progress=False):
-        self.asked += [(prompt, params) for prompt in prompts]
-        return [self.answers["".join(map(chr, prompt[1:-1]))] for prompt in prompts]
+    def __init__(self, answers):
+        self.tokenizer, self.answers, self.asked, self.running = CharTokenizer(), answers, [], []
+        self.most = 0  # requests at a time
+
+    def submit(self, prompt, params):
+        self.asked.append((prompt, params))
+        answers = self.answers["".join(map(chr, prompt[1:-1]))]
+        if isinstance(answers, str):
+            raise UserError(answers)
+        self.running.append(ScriptedRequest(answers, 1 + len(self.asked) % 5))
+        self.most = max(self.most, len(self.running))
+        return self.running[-1]
+
+    def step(self):
+        for request in self.running:
+            request.steps -= 1
+        self.running = [request for request in self.running if not request.done]
+
+    def abort(self, request):
+        self.running = [other for other in self.running if other is not request]
 
 
 def question(conversation):
@@ -69,31 +93,35 @@ def right_answers(task):
     return {question(task[i]): reference_text(task[i]) for i in range(len(task))}
 
 
-def test_letters_are_read_at_the_last_prompt_token_and_compared_among_themselves():
+def test_the_likeliest_letter_is_the_answer(monkeypatch):
     task = make_task("choice", "test", 30)
     conversations = [task[i] for i in range(30)]
-    model = LetterModel(right_answers(task))
     expected = [reference_text(c) for c in conversations]
     assert set(expected) == set("ABCD")
-    for batch_size in (1, 7, 64):
-        model.shapes.clear()
-        assert answer_letters(model, CharTokenizer(), conversations, batch_size) == expected
-        assert max(rows for rows, _ in model.shapes) == min(batch_size, 30)
+    for chunk, calls in ((1, [4] * 30), (7, [28, 28, 28, 28, 8]), (64, [120])):
+        monkeypatch.setattr(chat, "CHUNK_PROBLEMS", chunk)
+        scorer = LetterScorer(right_answers(task))
+        assert answer_letters(scorer, CharTokenizer(), conversations) == expected
+        assert scorer.calls == calls
 
 
 def test_only_the_conversations_own_letters_count():
-    task = make_task("choice", "test", 1)
-    conversation = task[0] | {"letters": ["C", "D"]}
-    model = LetterModel({question(conversation): "B"})
-    assert answer_letters(model, CharTokenizer(), [conversation], 4) == ["C"]  # B is not offered; C and D tie
+    conversation = make_task("choice", "test", 1)[0] | {"letters": ["C", "D"]}
+    scorer = LetterScorer({question(conversation): "B"})
+    assert answer_letters(scorer, CharTokenizer(), [conversation]) == ["C"]  # B is not offered; C and D tie
 
 
 def test_a_prompt_longer_than_the_context_loses_its_beginning():
-    task = make_task("choice", "test", 3)
-    model = LetterModel({})
-    model.config = type("config", (), {"sequence_len": 40})
-    answer_letters(model, CharTokenizer(), [task[i] for i in range(3)], 8)
-    assert model.shapes == [(3, 40)]
+    task, scorer = make_task("choice", "test", 3), LetterScorer()
+    scorer.max_len = 40
+    rows = [row for i in range(3) for row in chat._letter_rows(scorer, CharTokenizer(), task[i])]
+    assert {(len(row.ids), row.start) for row in rows} == {(41, 40)}
+
+
+def test_a_letter_must_be_one_token():
+    conversation = make_task("choice", "test", 1)[0] | {"letters": ["A", "10"]}
+    with pytest.raises(UserError, match="^the letter of a choice must be one token, '10' is 2$"):
+        answer_letters(LetterScorer(), CharTokenizer(), [conversation])
 
 
 def test_categorical_accuracy_counts_right_letters():
@@ -101,13 +129,14 @@ def test_categorical_accuracy_counts_right_letters():
     answers = right_answers(task)
     for text in [question(task[i]) for i in range(10)]:
         answers[text] = {"A": "B", "B": "C", "C": "D", "D": "A"}[answers[text]]
-    engine = ScriptedEngine(LetterModel(answers), {})
-    result = run_chat_eval(task, engine, params=SamplingParams(), batch_size=8)
+    engine = ScriptedEngine({})
+    result = run_chat_eval(task, engine, LetterScorer(answers), params=SamplingParams())
     assert (result.task, result.problems, result.correct, result.expressions) == ("choice", 40, 30, None)
-    assert result.accuracy == 0.75
+    assert result.accuracy == 0.75 and not result.near_chance
     assert result.centered == pytest.approx(0.5 / 0.75)
     assert engine.asked == []
     assert result.example["question"] == question(task[0])
+    assert run_chat_eval(task, engine, LetterScorer(), params=SamplingParams()).near_chance
 
 
 def arithmetic_engine(task, change=lambda i, answer: [answer]):
@@ -115,7 +144,7 @@ def arithmetic_engine(task, change=lambda i, answer: [answer]):
     for i in range(len(task)):
         parts = task[i]["messages"][-1]["content"]
         answers[question(task[i])] = change(i, Answer(parts[2]["text"], [(parts[0]["text"], parts[1]["text"])]))
-    return ScriptedEngine(LetterModel({}), answers)
+    return ScriptedEngine(answers)
 
 
 def test_generative_accuracy_and_expressions_are_counted():
@@ -130,7 +159,7 @@ def test_generative_accuracy_and_expressions_are_counted():
 
     params = SamplingParams(max_tokens=30, temperature=0.0)
     engine = arithmetic_engine(task, change)
-    result = run_chat_eval(task, engine, params=params)
+    result = run_chat_eval(task, engine, None, params=params)
     assert (result.correct, result.expressions, result.problems, result.errors) == (15, 16, 20, 0)
     assert engine.asked == [(CharTokenizer().render_for_completion(task[i]), params) for i in range(20)]
     assert result.example["answer"].endswith("] I do not know.")
@@ -139,25 +168,94 @@ def test_generative_accuracy_and_expressions_are_counted():
 def test_any_right_sample_counts():
     task = make_task("arithmetic", "test", 10)
     engine = arithmetic_engine(task, lambda i, answer: [Answer("no"), answer if i < 7 else Answer("no")])
-    assert run_chat_eval(task, engine, params=SamplingParams(n=2)).correct == 7
+    assert run_chat_eval(task, engine, None, params=SamplingParams(n=2)).correct == 7
 
 
-def test_problems_the_engine_cannot_serve_are_wrong_and_counted():
-    class Failed(Answer):
-        finish_reason = "error"
-
+def test_problems_the_engine_refuses_are_wrong_and_counted(tmp_path):
     task = make_task("arithmetic", "test", 10)
-    engine = arithmetic_engine(task, lambda i, answer: [answer if i else Failed("")])
-    result = run_chat_eval(task, engine, params=SamplingParams())
+    engine = arithmetic_engine(task)
+    engine.answers[question(task[0])] = "a prompt must fit the context"
+    log = ResponseLog(tmp_path / "log.jsonl", Runtime(torch.device("cpu")))
+    result = run_chat_eval(task, engine, None, params=SamplingParams(n=2), log=log)
     assert (result.correct, result.errors) == (9, 1)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["task"], row["index"], row["correct"]) for row in rows] == [
+        ("arithmetic", i, i > 0) for i in range(10)]
+    assert [answer["error"] for answer in rows[0]["responses"]] == ["a prompt must fit the context"] * 2
+    assert rows[3]["question"] == question(task[3]) and rows[3]["reference"] == reference_text(task[3])
+    tool = task[3]["messages"][-1]["content"]
+    assert rows[3]["responses"] == [{"text": reference_text(task[3]), "correct": True, "finish_reason": None,
+                                     "tool_calls": [[tool[0]["text"], tool[1]["text"]]], "error": None}]
+
+
+def test_answers_are_graded_while_others_are_still_being_given(monkeypatch):
+    """The first answer's verdict comes in a thread of its own; the engine goes on meanwhile, with a bounded queue."""
+    monkeypatch.setattr(chat, "GRADERS", 2)
+    task = make_task("arithmetic", "test", 30)
+    engine, graded, evaluate = arithmetic_engine(task), threading.Event(), task.evaluate
+    steps = engine.step
+
+    def step():
+        steps()
+        if len(engine.asked) >= 20:
+            assert graded.wait(10), "no verdict before the engine had finished"
+
+    def grade(conversation, answer):
+        graded.set()
+        assert threading.current_thread() is not threading.main_thread()
+        return evaluate(conversation, answer)
+
+    engine.step, task.evaluate = step, grade
+    assert run_chat_eval(task, engine, None, params=SamplingParams()).correct == 30
+    assert engine.most == 2 * engine.max_batch
+
+
+def test_a_verdict_that_fails_ends_the_evaluation_at_once():
+    task = make_task("arithmetic", "test", 500)
+    engine, failed = arithmetic_engine(task), threading.Event()
+    steps = engine.step
+
+    def step():
+        steps()
+        if len(engine.asked) > 20:
+            failed.wait(10)
+
+    def grade(conversation, answer):
+        failed.set()
+        raise ZeroDivisionError
+
+    engine.step, task.evaluate = step, grade
+    with pytest.raises(ZeroDivisionError):
+        run_chat_eval(task, engine, None, params=SamplingParams())
+    assert len(engine.asked) < 500 and engine.running == []
+
+
+def test_an_interrupted_evaluation_leaves_nothing_running():
+    task = make_task("arithmetic", "test", 12)
+    engine = arithmetic_engine(task)
+
+    def step():
+        raise KeyboardInterrupt
+
+    engine.step = step
+    with pytest.raises(KeyboardInterrupt):
+        run_chat_eval(task, engine, None, params=SamplingParams())
+    assert len(engine.asked) == 6 and engine.running == []
+
+
+def test_a_task_without_right_answers_is_refused():
+    task = make_task("choice", "test", 2)
+    task.kind = "dialogue"
+    with pytest.raises(UserError, match="^a task to be examined on must have right answers, choice is a dialogue$"):
+        run_chat_eval(task, ScriptedEngine({}), LetterScorer(), params=SamplingParams())
 
 
 def test_a_limit_takes_the_first_problems():
     task = make_task("arithmetic", "test", 20)
     engine = arithmetic_engine(task)
-    assert run_chat_eval(task, engine, params=SamplingParams(), max_problems=6).problems == 6
+    assert run_chat_eval(task, engine, None, params=SamplingParams(), max_problems=6).problems == 6
     assert len(engine.asked) == 6
-    assert run_chat_eval(task, engine, params=SamplingParams(), max_problems=60).problems == 20
+    assert run_chat_eval(task, engine, None, params=SamplingParams(), max_problems=60).problems == 20
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "choice"])
@@ -169,17 +267,19 @@ def test_ranks_share_the_problems(name):
             sums.append(tensor.tolist())
             return tensor
 
-    engine = arithmetic_engine(task, lambda i, a: [a if i < 6 else Answer("")]) if name == "arithmetic" else (
-        ScriptedEngine(LetterModel(right_answers(task)), {}))
+    if name == "arithmetic":
+        engine, scorer = arithmetic_engine(task, lambda i, a: [a if i < 6 else Answer("")]), None
+    else:
+        engine, scorer = ScriptedEngine({}), LetterScorer(right_answers(task))
     for rank in range(2):
-        run_chat_eval(task, engine, params=SamplingParams(), runtime=Rank(torch.device("cpu"), rank, 2))
-    alone = run_chat_eval(task, engine, params=SamplingParams())
+        run_chat_eval(task, engine, scorer, params=SamplingParams(), runtime=Rank(torch.device("cpu"), rank, 2))
+    alone = run_chat_eval(task, engine, scorer, params=SamplingParams())
     assert sum(correct for correct, _, _ in sums) == alone.correct == (6 if name == "arithmetic" else 11)
 
 
 def test_a_rank_without_problems_takes_part():
     task = make_task("arithmetic", "test", 1)
-    result = run_chat_eval(task, arithmetic_engine(task), params=SamplingParams(),
+    result = run_chat_eval(task, arithmetic_engine(task), None, params=SamplingParams(),
                            runtime=type("Alone", (Runtime,), {"all_reduce": lambda self, t, op="sum": t})(
                                torch.device("cpu"), 1, 2))
     assert (result.correct, result.example) == (0, {})
@@ -190,120 +290,3 @@ def test_the_mean_needs_every_task():
     assert chat_core(results, ["a", "b"]) == pytest.approx((0.5 + 0.25) / 2)
     assert chat_core(results, ["a", "b", "c"]) is None
     assert chat_core(results[:1], ["a", "b"]) is None
-
-
-# --- the programs, on an untrained model ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A base directory with text, tokenizer and checkpoints of a one-layer model, made once."""
-    from kernels import KernelConfig, resolve
-    from nanochat.checkpoint import save_checkpoint
-    from nanochat.dataset import iter_texts, prepare
-    from nanochat.gpt import GPT, GPTConfig
-    from nanochat.tokenizer import Tokenizer
-
-    text, folder = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("trained")
-    for i in range(40):
-        (text / f"{i}.txt").write_text("\n".join(f"Line {j} of file {i}: {j * i} words." for j in range(20)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        dataset = prepare(str(text))
-        tokenizer = Tokenizer.train(iter_texts(dataset, "train"), 300)
-        tokenizer.save()
-    config = GPTConfig(sequence_len=160, vocab_size=300, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
-    kernels = resolve(KernelConfig.parse("eager"), torch.device("cpu"), torch.float32, config.shapes())
-    model = GPT.build(config, kernels, torch.float32, torch.device("cpu"), seed=1)
-    for stage in ("base", "sft"):
-        state = {"stage": stage, "step": 2, "n_steps": 2, "model_config": asdict(config),
-                 "tokenizer_fingerprint": tokenizer.fingerprint, "kernels": kernels.names,
-                 "args": {"data": str(text), "total_batch_size": 320}}
-        save_checkpoint(folder / "checkpoints" / stage / "d1", 2, {"model": model.state_dict()}, state)
-    return folder
-
-
-@pytest.fixture
-def base(trained, own_base_dir):
-    shutil.copytree(trained, own_base_dir)
-    return own_base_dir
-
-
-def run(program, *argv):
-    program.main(program.parse_args([*argv, "--device", "cpu", "--kernels", "eager"]))
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def test_base_eval_writes_scores_and_section(base, capsys):
-    run(base_eval, "--eval-tokens", "640", "--device-batch-size", "2", "--unigram-tokens", "500", "--max-per-task", "8")
-    scores = read(base / "report" / "scores_base.json")
-    assert set(scores) == {"val_bpb", "train_bpb", "mini score"}
-    assert 0 < scores["val_bpb"] < 20
-    section = read(base / "report" / "section_base-evaluation.json")["data"]
-    unigram = section["unigram validation bpb"]
-    assert section["below unigram %"] == pytest.approx(100 * (1 - scores["val_bpb"] / unigram))
-    assert [row["label"] for row in section["Bundle"]][:2] == ["repeat_choice", "syntax_choice"]
-    assert len(section["Samples"]) == len(base_eval.PROMPTS)
-    assert "mini score: " in capsys.readouterr().out
-
-
-def test_base_eval_does_only_what_it_is_asked(base):
-    run(base_eval, "--eval", "bundle", "--max-per-task", "5")
-    assert set(read(base / "report" / "scores_base.json")) == {"mini score"}
-
-
-def test_chat_eval_writes_scores_and_section(base, capsys):
-    run(chat_eval, "-i", "sft", "--max-problems", "3", "--max-tokens", "4")
-    run(chat_eval, "-i", "sft", "--max-problems", "2", "--max-tokens", "4", "--tasks", "arithmetic", "--tools", "off")
-    scores = read(base / "report" / "scores_sft.json")
-    assert set(scores) == {"arithmetic", "arithmetic, expression right", "arithmetic-hard", "spelling", "identity",
-                           "sums", "sums, expression right",
-                           "arithmetic-hard, expression right", "choice", "ChatCORE (generated tasks)",
-                           "arithmetic, tool off", "arithmetic, expression right, tool off"}
-    section = read(base / "report" / "section_sft-evaluation.json")["data"]
-    assert [row["task"] for row in section["Tasks"]] == list(TASKS)
-    assert {row["problems"] for row in section["Tasks"]} == {3}
-    assert section["Tools"] == "calculator"
-    assert read(base / "report" / "section_sft-evaluation-tool-off.json")["data"]["Tools"] == "off"
-    assert "ChatCORE (generated tasks): " in capsys.readouterr().out
-
-
-def test_without_all_tasks_there_is_no_chatcore(base):
-    run(chat_eval, "-i", "sft", "--max-problems", "2", "--max-tokens", "4", "--tasks", "spelling,choice")
-    assert set(read(base / "report" / "scores_sft.json")) == {"spelling", "choice"}
-
-
-@pytest.mark.parametrize(("program", "argv", "message"), [
-    (base_eval, ["--eval", "bpb,core"], "--eval takes bpb, bundle, samples with commas between, got 'core'"),
-    (base_eval, ["--eval-tokens", "0"], "--eval-tokens must be at least 1, got 0"),
-    (base_eval, ["--max-per-task", "-3"], "--max-per-task must be at least 1, got -3"),
-    (base_eval, ["--bundle", "/no/such/folder"],
-     "/no/such/folder/core.yaml is missing or cannot be read: an evaluation bundle needs it"),
-    (base_eval, ["--max-per-task", "2", "--eval", "bundle"],
-     "task repeat_choice needs more items than its 2 few-shot examples, and has 2 with at most 2 per task"),
-    (chat_eval, ["-i", "sft", "--tasks", "arithmetic,chess"],
-     "unknown task 'chess': choose from arithmetic, sums, arithmetic-hard, spelling, identity, choice"),
-    (chat_eval, ["-i", "sft", "--max-problems", "0"], "--max-problems must be at least 1, got 0"),
-    (chat_eval, ["-i", "sft", "--temperature", "-1"], "temperature must be a finite number of at least 0, got -1.0"),
-])
-def test_user_mistakes_are_one_sentence(base, program, argv, message):
-    with pytest.raises(UserError) as error:
-        run(program, *argv)
-    assert str(error.value) == message
-
-
-def test_the_stage_is_said_once(capsys):
-    assert chat_eval.parse_args(["mid"]).stage == chat_eval.parse_args(["-i", "mid"]).stage == "mid"
-    for argv in ([], ["sft", "-i", "rl"], ["base"]):
-        with pytest.raises(SystemExit) as stopped:
-            chat_eval.parse_args(argv)
-        assert stopped.value.code == 2
-    assert "say one stage, mid, sft, rl" in capsys.readouterr().err
-
-
-def test_a_stage_without_a_checkpoint_is_named(base):
-    with pytest.raises(UserError, match="^stage rl has no checkpoint in .*; train it first$"):
-        run(chat_eval, "-i", "rl")

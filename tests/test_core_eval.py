@@ -2,10 +2,11 @@
 
 import json
 import random
+import re
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from nanochat.common import Runtime, UserError
 from nanochat.evals import core
@@ -13,51 +14,42 @@ from nanochat.evals.core import (
     CORE_TASKS,
     Bundle,
     BundleTask,
-    Row,
-    encode_rows,
     evaluate_bundle,
     evaluate_task,
     few_shot_examples,
     load_bundle,
     load_items,
     render_prompts,
-    score_rows,
+    to_rows,
 )
+from nanochat.evals.scoring import DenseScorer, Score
+
+CPU = torch.device("cpu")
 
 
 class ByteTokenizer:
     bos_id = 256
 
-    def encode(self, text):
-        return list(text.encode("utf-8"))
+    def encode_batch(self, texts):
+        ids = [list(text.encode("utf-8")) for text in texts]
+        return np.array(sum(ids, []), np.uint32), np.cumsum([0, *map(len, ids)])
 
 
-class Bigram:
-    """A model that knows the last token only; `widths` records the shapes of its forward passes."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, table):
-        self.table, self.shapes = table, []
-
-    def __call__(self, x, targets=None, reduction="mean"):
-        self.shapes.append(tuple(x.shape))
-        logits = self.table[x]
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+def bigram(table, max_len=99):
+    """A scorer that knows the last token only."""
+    return DenseScorer(lambda x: table[x], CPU, max_len, pad_id=256)
 
 
-def random_model():
-    return Bigram(torch.randn(257, 257, generator=torch.Generator().manual_seed(0)))
+def random_scorer(max_len=99):
+    return bigram(torch.randn(257, 257, generator=torch.Generator().manual_seed(0)), max_len)
 
 
 def follows(*pairs):
-    """A bigram model that expects each pair's second letter after its first."""
+    """A bigram scorer that expects each pair's second letter after its first."""
     table = torch.zeros(257, 257)
     for a, b in pairs:
         table[ord(a), ord(b)] = 9.0
-    return Bigram(table)
+    return bigram(table)
 
 
 def write_bundle(folder, tasks, meta=None):
@@ -120,6 +112,87 @@ def test_few_shot_examples_are_other_items_by_random_1234_plus_index():
     assert few_shot_examples(items, 3, 0) == []
 
 
+# --- goldens: one item of each type, from its JSON to its verdict, derived by hand ------------------------------------
+
+
+class PieceTokenizer:
+    """Words with the space before them, line ends and marks, numbered as they come; 0 is BOS, shown as ^."""
+
+    bos_id = 0
+
+    def __init__(self):
+        self.pieces = ["^"]
+
+    def encode_batch(self, texts):
+        ids = []
+        for text in texts:
+            ids.append([self._id(piece) for piece in re.findall(r" ?\w+|\n|[^\w\s]| ", text)])
+        return np.array(sum(ids, []), np.uint32), np.cumsum([0, *map(len, ids)])
+
+    def _id(self, piece):
+        self.pieces += [] if piece in self.pieces else [piece]
+        return self.pieces.index(piece)
+
+    def show(self, ids):
+        return "|".join(self.pieces[i] for i in ids)
+
+
+class SayingScorer:
+    """Remembers the rows it is given and gives prepared scores."""
+
+    max_len = 99
+
+    def __init__(self, scores):
+        self.scores, self.rows = scores, []
+
+    def score(self, rows):
+        self.rows += rows
+        return self.scores
+
+
+# type, delimiter, items as in the file, rows of the first with one shot (context tokens, scored tokens), losses, right?
+GOLDENS = [
+    ("multiple_choice", "\nAnswer: ",
+     [{"query": "Question: Is ice cold?", "choices": ["yes", "no, hot"], "gold": 0},
+      {"query": "Question: Is fire cold?", "choices": ["yes", "no"], "gold": 1}],
+     [("^|Question|:| Is| fire| cold|?|\n|Answer|:| no|\n|\n|Question|:| Is| ice| cold|?|\n|Answer|:", " yes"),
+      ("^|Question|:| Is| fire| cold|?|\n|Answer|:| no|\n|\n|Question|:| Is| ice| cold|?|\n|Answer|:", " no|,| hot")],
+     [1.0, 1.5], True),
+    ("schema", " ",
+     [{"context_options": ["The cup broke as the cup", "The cup broke as the stone"], "continuation": "was thin.",
+       "gold": 1},
+      {"context_options": ["Ann thanked Bob as Ann", "Ann thanked Bob as Bob"], "continuation": "had helped.",
+       "gold": 1}],
+     [("^|Ann| thanked| Bob| as| Bob| had| helped|.|\n|\n|The| cup| broke| as| the| cup", " was| thin|."),
+      ("^|Ann| thanked| Bob| as| Bob| had| helped|.|\n|\n|The| cup| broke| as| the| stone", " was| thin|.")],
+     [1.0, 1.5], False),
+    ("language_modeling", " ",
+     [{"context": "The capital of Peru is ", "continuation": "Lima, of course"},
+      {"context": " The capital of Chile is", "continuation": "Santiago"}],
+     [("^|The| capital| of| Chile| is| Santiago|\n|\n|The| capital| of| Peru| is", " Lima|,| of| course")],
+     [0.5], True),
+]
+
+
+@pytest.mark.parametrize(("kind", "delimiter", "items", "rows", "losses", "right"), GOLDENS,
+                         ids=[golden[0] for golden in GOLDENS])
+def test_a_golden_item_of_each_type(kind, delimiter, items, rows, losses, right, tmp_path, monkeypatch):
+    """Two items and one shot: what is shown and what is scored are then certain."""
+    folder = write_bundle(tmp_path, [("golden", kind, 1, delimiter, items, 0)])
+    monkeypatch.setattr(random.Random, "shuffle", lambda self, x: None)
+    monkeypatch.setattr(core, "CHUNK_ITEMS", 1)
+    tokenizer, scorer = PieceTokenizer(), SayingScorer([Score(nats, greedy=right) for nats in losses])
+    evaluate_task(scorer, tokenizer, load_bundle(folder).tasks[0], log=(log := ListLog()))
+    shown = [(tokenizer.show(row.ids[:row.start]), tokenizer.show(row.ids[row.start:])) for row in scorer.rows]
+    assert shown[:len(rows)] == rows
+    assert log[0] == {"task": "golden", "index": 0, "item": items[0], "correct": right, "nats": losses}
+
+
+class ListLog(list):
+    def add(self, rows):
+        self.extend(rows)
+
+
 # --- what is scored ---------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +201,7 @@ def scored(kind, prompts, max_len=1000):
     def show(ids):
         return "".join("^" if i == 256 else chr(i) for i in ids)
 
-    rows = encode_rows(ByteTokenizer(), kind, prompts, max_len)
+    rows = to_rows(kind, core.encode_all(ByteTokenizer(), prompts), max_len)
     return [(show(row.ids), show(row.ids[row.start:])) for row in rows]
 
 
@@ -151,60 +224,17 @@ def test_language_modeling_scores_the_continuation_in_one_row():
     assert scored("language_modeling", ["say", "say it"]) == [("^say it", " it")]
 
 
-def test_long_rows_lose_their_beginning_and_keep_their_continuation():
-    assert scored("multiple_choice", ["0123456789 yes", "0123456789 no"], 6) == [("89 yes", "yes"), ("789 no", "no")]
-    assert scored("schema", ["0123456789 ran", "x ran"], 6) == [("89 ran", " ran"), ("^x ran", " ran")]
+def test_an_item_too_long_loses_as_much_of_each_rows_beginning():
+    assert scored("multiple_choice", ["0123456789 yes", "0123456789 no"], 6) == [("89 yes", "yes"), ("89 no", "no")]
+    assert scored("multiple_choice", ["012 yes", "012 no"], 8) == [("^012 yes", "yes"), ("^012 no", "no")]
+    assert scored("language_modeling", ["0123456789", "0123456789 yes"], 6) == [("89 yes", " yes")]
+
+
+def test_one_token_stays_before_a_continuation():
+    assert scored("schema", ["0123456789 ran", "x ran"], 6) == [("89 ran", " ran"), ("x ran", " ran")]
+    assert scored("multiple_choice", ["ab", "acdefghi"], 4) == [("ab", "b"), ("fghi", "ghi")]
     # a continuation that fills the context is scored from its second token on
     assert scored("language_modeling", ["ab", "ab cdefgh"], 4) == [("efgh", "fgh")]
-
-
-# --- scoring ----------------------------------------------------------------------------------------------------------
-
-
-def test_scores_are_mean_nats_per_token():
-    model = random_model()
-    log_p = torch.log_softmax(model.table.double(), -1)
-    expected = -(log_p[1, 2] + log_p[2, 3]).item() / 2
-    [score] = score_rows(model, [Row([256, 1, 2, 3], 2)], "schema", pad_id=256)
-    assert score == pytest.approx(expected, rel=1e-6)
-
-
-def test_language_modeling_needs_every_token_of_the_continuation():
-    model = follows("ab", "bc")
-    for text, verdict in [("xabc", 1.0), ("xabb", 0.0), ("xaac", 0.0), ("xbbc", 0.0)]:
-        [score] = score_rows(model, [Row([256, *text.encode()], 3)], "language_modeling", pad_id=256)
-        assert score == verdict, text
-
-
-@pytest.mark.parametrize("kind", ["multiple_choice", "language_modeling"])
-def test_batched_scores_equal_one_by_one(kind):
-    rng = random.Random(0)
-    texts = [[rng.choice(b"abcdef") for _ in range(rng.randrange(2, 40))] for _ in range(60)]
-    rows = [Row([256, *text], rng.randrange(1, 3)) for text in texts]
-    model = random_model()
-    single = [score_rows(model, [row], kind, pad_id=256)[0] for row in rows]
-    for batch_tokens in (1, 64, 300, 10**6):
-        model.shapes.clear()
-        assert score_rows(model, rows, kind, pad_id=256, batch_tokens=batch_tokens) == pytest.approx(single, rel=1e-12)
-        assert all(n == 1 or n * width <= batch_tokens for n, width in model.shapes)
-    assert model.shapes == [(60, max(len(row.ids) for row in rows) - 1)]
-
-
-def test_batched_verdicts_equal_one_by_one_on_a_transformer(tmp_path):
-    from kernels import KernelConfig, resolve
-    from nanochat.gpt import GPT, GPTConfig
-
-    config = GPTConfig(sequence_len=64, vocab_size=257, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-    kernels = resolve(KernelConfig.parse("eager"), torch.device("cpu"), torch.float32, config.shapes())
-    model = GPT(config, kernels)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    items = [{"query": f"Q{i} {'x' * (i % 7)}", "choices": ["yes", "no", "maybe so"], "gold": i % 3} for i in range(40)]
-    folder = write_bundle(tmp_path, [("mc", "multiple_choice", 2, None, items, 33)])
-    [task] = load_bundle(folder).tasks
-    run = {n: evaluate_task(model, ByteTokenizer(), task, max_len=64, batch_tokens=n) for n in (1, 4096)}
-    assert run[1].accuracy == run[4096].accuracy
-    assert 0 < run[1].accuracy < 1
 
 
 # --- tasks and bundles ------------------------------------------------------------------------------------------------
@@ -217,7 +247,7 @@ def test_the_three_types_are_judged(tmp_path):
     folder = write_bundle(tmp_path, [("mc", "multiple_choice", 0, "", mc, 50), ("schema", "schema", 0, "", schema, 50),
                                      ("lm", "language_modeling", 0, "", lm, 0)])
     seen = []
-    result = evaluate_bundle(follows("ab"), ByteTokenizer(), load_bundle(folder), max_len=99, on_task=seen.append)
+    result = evaluate_bundle(follows("ab"), ByteTokenizer(), load_bundle(folder), on_task=seen.append)
     assert [(t.label, t.items, t.accuracy, t.centered) for t in result.tasks] == [
         ("mc", 4, 0.75, 0.5), ("schema", 2, 1.0, 1.0), ("lm", 2, 0.5, 0.5)]
     assert result.score == pytest.approx(2 / 3)
@@ -226,8 +256,9 @@ def test_the_three_types_are_judged(tmp_path):
 
 
 def test_ties_go_to_the_first_option():
-    assert core.is_correct("schema", {"gold": 0}, [1.5, 1.5, 2.0])
-    assert not core.is_correct("schema", {"gold": 1}, [1.5, 1.5, 2.0])
+    scores = [Score(nats, greedy=False) for nats in (1.5, 1.5, 2.0)]
+    assert core.is_correct("schema", {"gold": 0}, scores)
+    assert not core.is_correct("schema", {"gold": 1}, scores)
 
 
 def test_a_limit_takes_the_first_items_after_the_fixed_shuffle(tmp_path, monkeypatch):
@@ -236,7 +267,7 @@ def test_a_limit_takes_the_first_items_after_the_fixed_shuffle(tmp_path, monkeyp
     seen = []
     original = core.render_prompts
     monkeypatch.setattr(core, "render_prompts", lambda *args: seen.append(args) or original(*args))
-    result = evaluate_task(random_model(), ByteTokenizer(), task, max_len=99, max_per_task=6)
+    result = evaluate_task(random_scorer(), ByteTokenizer(), task, max_per_task=6)
     random.Random(1337).shuffle(items)
     assert result.items == 6
     assert [item for _, item, _ in seen] == items[:6]
@@ -246,9 +277,9 @@ def test_a_limit_takes_the_first_items_after_the_fixed_shuffle(tmp_path, monkeyp
 def test_chunks_do_not_change_the_result(tmp_path, monkeypatch):
     items = [{"query": f"q{i}", "choices": ["ab", "ba", "b"], "gold": i % 3} for i in range(30)]
     [task] = load_bundle(write_bundle(tmp_path, [("mc", "multiple_choice", 1, None, items, 33)])).tasks
-    whole = evaluate_task(random_model(), ByteTokenizer(), task, max_len=99).accuracy
+    whole = evaluate_task(random_scorer(), ByteTokenizer(), task).accuracy
     monkeypatch.setattr(core, "CHUNK_ITEMS", 7)
-    assert evaluate_task(random_model(), ByteTokenizer(), task, max_len=99).accuracy == whole
+    assert evaluate_task(random_scorer(), ByteTokenizer(), task).accuracy == whole
 
 
 def test_ranks_share_the_items(tmp_path):
@@ -262,8 +293,8 @@ def test_ranks_share_the_items(tmp_path):
             return tensor
 
     for rank in range(3):
-        evaluate_task(random_model(), ByteTokenizer(), task, max_len=99, runtime=Rank(torch.device("cpu"), rank, 3))
-    alone = evaluate_task(random_model(), ByteTokenizer(), task, max_len=99)
+        evaluate_task(random_scorer(), ByteTokenizer(), task, runtime=Rank(torch.device("cpu"), rank, 3))
+    alone = evaluate_task(random_scorer(), ByteTokenizer(), task)
     assert sum(counts) == round(alone.accuracy * 31)
 
 
@@ -277,6 +308,15 @@ def test_only_the_22_tasks_are_called_core(tmp_path):
     assert name(sorted(CORE_TASKS)[:18]) == "CORE (18 of 22, not comparable)"
     assert name(["copying"], "mini score") == "mini score"
     assert name([*CORE_TASKS, "copying"]) == "score of b (not CORE)"
+
+
+def test_core_on_a_part_of_the_items_says_so(tmp_path):
+    """All 22 labels on one file of items."""
+    tasks = [(label, "language_modeling", 0, None, LM, 0) for label in sorted(CORE_TASKS)]
+    bundle = load_bundle(write_bundle(tmp_path, tasks))
+    assert evaluate_bundle(random_scorer(), ByteTokenizer(), bundle).name == "CORE"
+    limited = evaluate_bundle(random_scorer(), ByteTokenizer(), bundle, max_per_task=3)
+    assert limited.name == "CORE (at most 3 items per task)"
 
 
 def test_a_task_listed_twice_is_refused(tmp_path):
@@ -396,5 +436,5 @@ def test_too_few_items_for_the_few_shot_examples(folder, limit, message):
         path = folder / "core.yaml"
         path.write_text(path.read_text().replace("[2]", "[5]"))
     bundle = load_bundle(folder)
-    text = failure(lambda: evaluate_bundle(random_model(), ByteTokenizer(), bundle, max_len=99, max_per_task=limit))
+    text = failure(lambda: evaluate_bundle(random_scorer(), ByteTokenizer(), bundle, max_per_task=limit))
     assert text == message

@@ -8,7 +8,9 @@ eval_meta_data.csv gives each task's accuracy of guessing in percent, eval_data/
 - language_modeling {context, continuation}: greedy decoding must give exactly the continuation.
 
 Accuracies are centered, (accuracy - guessing) / (1 - guessing), and averaged. Only the mean over the 22 tasks of the
-real bundle is called CORE. Rows longer than the model's context lose their beginning.
+real bundle, all items, is called CORE. An item whose longest row does not fit the model's context loses as many tokens
+from the beginning of each row, BOS among them, so that its choices keep the same context; nanochat crops each row by
+itself, which differs by the few tokens that choices differ in length.
 """
 
 import csv
@@ -20,11 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
 
 from nanochat.common import Runtime, UserError
+from nanochat.evals.results import ResponseLog, is_near_chance
+from nanochat.evals.scoring import Row, Score, Scorer, common_prefix
 
 CORE_TASKS = frozenset("""
 hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa piqa openbook_qa
@@ -38,10 +43,7 @@ _REQUIRED_KEYS = {
 }
 _OPTIONS_KEY = {"multiple_choice": "choices", "schema": "context_options"}
 
-# Tokens per forward pass. The logits of 8,192 tokens take 2 GiB at a vocabulary of 65,536.
-BATCH_TOKENS = 8192
-# Items tokenized at a time: enough to sort by length, few enough to keep ten-shot prompts of one task out of
-# memory.
+# Tokenized and scored at a time: enough that batches are full, few enough to keep ten-shot prompts out of memory.
 CHUNK_ITEMS = 256
 
 
@@ -75,10 +77,14 @@ class Bundle:
 
 @dataclass(frozen=True)
 class TaskResult:
+    """baseline: the accuracy of guessing. near_chance: no further from it than two standard errors."""
+
     label: str
     items: int
     accuracy: float
+    baseline: float
     centered: float
+    near_chance: bool
     seconds: float
 
 
@@ -87,14 +93,6 @@ class BundleResult:
     name: str
     score: float
     tasks: tuple[TaskResult, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One token sequence; ids[start:] is the continuation that is scored, 1 <= start < len(ids)."""
-
-    ids: list[int]
-    start: int
 
 
 # --- reading
@@ -232,102 +230,63 @@ def _solved(task: BundleTask, example: dict) -> str:
 
 def few_shot_examples(items: Sequence[dict], index: int, count: int) -> list[dict]:
     """`count` items other than `index`, drawn by Random(1234 + index)."""
-    others = [i for i in range(len(items)) if i != index]
-    return [items[i] for i in random.Random(1234 + index).sample(others, count)]
+    drawn = random.Random(1234 + index).sample(range(len(items) - 1), count)
+    return [items[i + (i >= index)] for i in drawn]
 
 
-def encode_rows(tokenizer, kind: str, prompts: Sequence[str], max_len: int) -> list[Row]:
-    """Rows to score, BOS first, at most `max_len` tokens: an option each, or for language modeling one.
+def to_rows(kind: str, sequences: Sequence[np.ndarray], max_len: int) -> list[Row]:
+    """Rows to score out of the tokens of an item's prompts: an option each, or for language modeling one.
 
     Where the continuation starts is read off the tokens: after the common prefix, or where the common suffix
     begins. At least one token is scored, even when one choice begins with another (nanochat has NaN there).
     """
-    sequences = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    if kind == "language_modeling":
-        return [_cropped(sequences[1], _common_prefix(sequences), max_len)]
-    limit = min(map(len, sequences)) - 1
     if kind == "schema":
-        length = min(_common_prefix([ids[::-1] for ids in sequences]), limit)
-        return [_cropped(ids, len(ids) - length, max_len) for ids in sequences]
-    start = min(_common_prefix(sequences), limit)
-    return [_cropped(ids, start, max_len) for ids in sequences]
+        length = min(_common_prefix_of([ids[::-1] for ids in sequences]), min(map(len, sequences)) - 1)
+        starts = [len(ids) - length for ids in sequences]
+    else:
+        start = _common_prefix_of(sequences)
+        sequences = sequences[1:] if kind == "language_modeling" else sequences
+        starts = [min(start, min(map(len, sequences)) - 1)] * len(sequences)
+    excess = max(map(len, sequences)) - max_len
+    return [_cropped(ids, start, excess, max_len) for ids, start in zip(sequences, starts, strict=True)]
 
 
-def _cropped(ids: list[int], start: int, max_len: int) -> Row:
-    cut = max(0, len(ids) - max_len)
-    return Row(ids[cut:], min(max(start - cut, 1), len(ids) - cut - 1))
+def _cropped(ids: np.ndarray, start: int, excess: int, max_len: int) -> Row:
+    """Cut `excess` tokens from the beginning, but leave one before the continuation unless that is too long itself."""
+    cut = max(0, min(excess, start - 1), len(ids) - max_len)
+    return Row(ids[cut:], max(start - cut, 1))
 
 
-def _common_prefix(sequences: Sequence[list[int]]) -> int:
-    length = 0
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return length
+def _common_prefix_of(sequences: Sequence[np.ndarray]) -> int:
+    return min(common_prefix(sequences[0], ids) for ids in sequences[1:])
 
 
-# --- scoring
+# --- evaluation
 # ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def score_rows(model, rows: Sequence[Row], kind: str, *, pad_id: int, batch_tokens: int = BATCH_TOKENS) -> list[float]:
-    """Score each row: mean nats per token of the continuation, or for language modeling 1.0 if greedy gives
-    it, else 0.0.
+def evaluate_bundle(scorer: Scorer, tokenizer, bundle: Bundle, *, max_per_task: int | None = None,
+                    runtime: Runtime | None = None, log: ResponseLog | None = None,
+                    on_task: Callable[[TaskResult], None] = lambda result: None) -> BundleResult:
+    """Run every task; `on_task` is called after each. The score is the mean of the centered accuracies."""
+    results = []
+    for task in bundle.tasks:
+        results.append(evaluate_task(scorer, tokenizer, task, max_per_task=max_per_task, runtime=runtime, log=log))
+        on_task(results[-1])
+    name = bundle.score_name
+    if name == "CORE" and max_per_task is not None:
+        name = f"CORE (at most {max_per_task} items per task)"
+    return BundleResult(name, sum(r.centered for r in results) / len(results), tuple(results))
 
-    Rows of similar length share a forward pass; padding stands right of a row and cannot reach it.
+
+def evaluate_task(scorer: Scorer, tokenizer, task: BundleTask, *, max_per_task: int | None = None,
+                  runtime: Runtime | None = None, log: ResponseLog | None = None) -> TaskResult:
+    """Accuracy on a task's items (the first `max_per_task` after the fixed shuffle), spread over all ranks.
+
+    `tokenizer` has bos_id and encode_batch, as ours does.
     """
-    scores = [0.0] * len(rows)
-    for batch in _batches(rows, batch_tokens):
-        x, y = _collate([rows[i] for i in batch], pad_id)
-        x, y = x.to(model.device), y.to(model.device)
-        if kind == "language_modeling":
-            values = ((model(x).argmax(-1) == y) | (y < 0)).all(1)
-        else:
-            losses = model(x, y, reduction="none").view(y.shape)
-            values = losses.double().sum(1) / (y >= 0).sum(1)
-        for i, value in zip(batch, values.tolist(), strict=True):
-            scores[i] = float(value)
-    return scores
-
-
-def _batches(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
-    """Row numbers by length, grouped so that rows times longest stays within `batch_tokens` (or one row)."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
-        if batches and (len(batches[-1]) + 1) * len(rows[i].ids) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def _collate(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N, T) int64 right-padded, y (N, T) int64 with -1 outside of the continuations"""
-    width = max(len(row.ids) for row in rows) - 1
-    x = torch.full((len(rows), width), pad_id)
-    y = torch.full((len(rows), width), -1)
-    for i, row in enumerate(rows):
-        ids = torch.tensor(row.ids)
-        x[i, : len(ids) - 1] = ids[:-1]
-        y[i, row.start - 1 : len(ids) - 1] = ids[row.start :]
-    return x, y
-
-
-def is_correct(kind: str, item: dict, scores: Sequence[float]) -> bool:
-    """The verdict on an item from the scores of its rows; of equal losses the first wins."""
-    if kind == "language_modeling":
-        return scores[0] == 1.0
-    return scores.index(min(scores)) == item["gold"]
-
-
-def evaluate_task(model, tokenizer, task: BundleTask, *, max_len: int, max_per_task: int | None = None,
-                  batch_tokens: int = BATCH_TOKENS, runtime: Runtime | None = None) -> TaskResult:
-    """Accuracy on a task's items (the first `max_per_task` after the fixed shuffle), spread over all
-    ranks."""
     started = time.perf_counter()
-    runtime = runtime or Runtime(model.device)
+    runtime = runtime or Runtime(torch.device("cpu"))
     items = load_items(task)
     random.Random(1337).shuffle(items)
     items = items[:max_per_task]
@@ -336,37 +295,45 @@ def evaluate_task(model, tokenizer, task: BundleTask, *, max_len: int, max_per_t
         raise UserError(f"task {task.label} needs more items than its {task.num_fewshot} few-shot examples, "
                         f"and has {len(items)}{limit}")
     own = range(runtime.rank, len(items), runtime.world_size)
-    correct = 0
+    verdicts = []
     with tqdm(total=len(own), desc=task.label, disable=None if runtime.is_main else True, leave=False) as bar:
         for first in range(0, len(own), CHUNK_ITEMS):
             chunk = own[first : first + CHUNK_ITEMS]
-            correct += _count_correct(model, tokenizer, task, items, chunk, max_len, batch_tokens)
+            verdicts += _examine(scorer, tokenizer, task, items, chunk)
             bar.update(len(chunk))
-    total = torch.tensor(correct, dtype=torch.int64, device=runtime.device)
-    accuracy = runtime.all_reduce(total).item() / len(items)
+    if log is not None:
+        log.add(verdicts)
+    correct = torch.tensor(sum(verdict["correct"] for verdict in verdicts), dtype=torch.int64, device=runtime.device)
+    accuracy = runtime.all_reduce(correct).item() / len(items)
     centered = (accuracy - task.guessing) / (1 - task.guessing)
-    return TaskResult(task.label, len(items), accuracy, centered, time.perf_counter() - started)
+    return TaskResult(task.label, len(items), accuracy, task.guessing, centered,
+                      is_near_chance(accuracy, task.guessing, len(items)), time.perf_counter() - started)
 
 
-def _count_correct(model, tokenizer, task: BundleTask, items: list[dict], chunk: Sequence[int], max_len: int,
-                   batch_tokens: int) -> int:
-    rows, owners = [], []
-    for index in chunk:
-        prompts = render_prompts(task, items[index], few_shot_examples(items, index, task.num_fewshot))
-        encoded = encode_rows(tokenizer, task.kind, prompts, max_len)
-        owners.append((index, len(rows), len(rows) + len(encoded)))
-        rows += encoded
-    scores = score_rows(model, rows, task.kind, pad_id=tokenizer.bos_id, batch_tokens=batch_tokens)
-    return sum(is_correct(task.kind, items[index], scores[a:b]) for index, a, b in owners)
+def _examine(scorer: Scorer, tokenizer, task: BundleTask, items: list[dict], chunk: Sequence[int]) -> list[dict]:
+    """The verdict on each item of the chunk, as the log has it."""
+    prompts = [render_prompts(task, items[index], few_shot_examples(items, index, task.num_fewshot)) for index in chunk]
+    encoded = iter(encode_all(tokenizer, [text for texts in prompts for text in texts]))
+    rows = [to_rows(task.kind, [next(encoded) for _ in texts], scorer.max_len) for texts in prompts]
+    scores = iter(scorer.score([row for own in rows for row in own]))
+    verdicts = []
+    for index, own in zip(chunk, rows, strict=True):
+        mine = [next(scores) for _ in own]
+        verdicts.append({"task": task.label, "index": index, "item": items[index],
+                         "correct": is_correct(task.kind, items[index], mine), "nats": [score.nats for score in mine]})
+    return verdicts
 
 
-def evaluate_bundle(model, tokenizer, bundle: Bundle, *, max_len: int, max_per_task: int | None = None,
-                    batch_tokens: int = BATCH_TOKENS, runtime: Runtime | None = None,
-                    on_task: Callable[[TaskResult], None] = lambda result: None) -> BundleResult:
-    """Run every task; `on_task` is called after each. The score is the mean of the centered accuracies."""
-    results = []
-    for task in bundle.tasks:
-        results.append(evaluate_task(model, tokenizer, task, max_len=max_len, max_per_task=max_per_task,
-                                     batch_tokens=batch_tokens, runtime=runtime))
-        on_task(results[-1])
-    return BundleResult(bundle.score_name, sum(r.centered for r in results) / len(results), tuple(results))
+def encode_all(tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each text, BOS first."""
+    ids, offsets = tokenizer.encode_batch(list(texts))
+    return [np.concatenate(([tokenizer.bos_id], ids[a:b])).astype(np.int64)
+            for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def is_correct(kind: str, item: dict, scores: Sequence[Score]) -> bool:
+    """The verdict on an item from the scores of its rows; of equal losses the first wins."""
+    if kind == "language_modeling":
+        return scores[0].greedy
+    losses = [score.nats for score in scores]
+    return losses.index(min(losses)) == item["gold"]
