@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from nanochat.checkpoint import find_checkpoint
 from nanochat.common import UserError, base_dir, run_script
 from nanochat.engine import Engine, SamplingParams
+from nanochat.engine.flags import add_engine_flags, engine_options
 from nanochat.engine.tools import TOOLS
 from nanochat.load import add_checkpoint_flags, add_device_flags, load_model, stage_folder
 
@@ -36,6 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                         help="run them even where the sandbox is below level 3 (python -m nanochat.sandbox --probe)")
     parser.add_argument("--show-tools", action=argparse.BooleanOptionalAction, default=True,
                         help="show calls as [37+85 -> 122]; with --prompt they go to stderr")
+    add_engine_flags(parser)
     add_device_flags(parser)
     return parser.parse_args(argv)
 
@@ -47,7 +49,8 @@ def main(args: argparse.Namespace) -> None:
         stage = newest_stage(args.depth) if args.stage == "auto" else args.stage
         model, tokenizer, state = load_model(stage, device=args.device, kernels=args.kernels, dtype=args.dtype,
                                              depth=args.depth, step=args.step)
-    engine = Engine(model, tokenizer, tools=args.tools, allow_weak_sandbox=args.allow_weak_sandbox, max_batch=1)
+    engine = Engine(model, tokenizer, tools=args.tools, allow_weak_sandbox=args.allow_weak_sandbox, max_batch=1,
+                    **engine_options(args))
     chat = Chat(engine, params, plain=stage == "base")
     if args.prompt is not None:
         answer_once(chat, args.prompt, args.show_tools)

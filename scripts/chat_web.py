@@ -13,6 +13,7 @@ import torch
 
 from nanochat.common import UserError, pick_device, run_script
 from nanochat.engine import Engine
+from nanochat.engine.flags import add_engine_flags, engine_options
 from nanochat.engine.tools import TOOLS
 from nanochat.flags import count as whole
 from nanochat.flags import fraction, positive_float, positive_int, rate
@@ -34,6 +35,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                         help=f"whose checkpoint; auto is the newest of {', '.join(CHAT_STAGES)}")
     add_checkpoint_flags(parser)
     add_device_flags(parser)
+    add_engine_flags(parser)
     parser.add_argument("--tools", default="calculator", choices=TOOLS, help="what answers the model's calls")
     parser.add_argument("--max-batch", type=positive_int, default=64, help="most answers computed at once, per GPU")
     parser.add_argument("--queue", type=positive_int, default=64, help="most requests waiting; more get a 429")
@@ -90,7 +92,7 @@ def make_engine(stage: str, device: str, args: argparse.Namespace) -> Engine:
         torch.cuda.set_device(device)
     model, tokenizer, _ = load_model(stage, device=device, kernels=args.kernels, dtype=args.dtype, depth=args.depth,
                                      step=args.step)
-    return Engine(model, tokenizer, tools=args.tools, max_batch=args.max_batch)
+    return Engine(model, tokenizer, tools=args.tools, max_batch=args.max_batch, **engine_options(args))
 
 
 if __name__ == "__main__":

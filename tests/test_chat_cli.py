@@ -77,6 +77,26 @@ def test_calls_can_be_hidden_and_the_tool_turned_off(scripted, capsys):
     assert capsys.readouterr() == ("\n", "kernels: all of them\n(cut off by --max-tokens 7)\n")
 
 
+def test_programs_run_in_the_sandbox_which_must_be_a_strong_one(monkeypatch, tokenizer, capsys):
+    model = answering(tokenizer, QUESTION, "len('abc')", "3", "three")
+    monkeypatch.setattr(chat_cli, "load_model", lambda stage, **options: (model, tokenizer, {"step": 7}))
+    monkeypatch.setattr("nanochat.sandbox.level", lambda: 1)
+    flags = ["-p", QUESTION, "--temperature", "0", "--tools", "python"]
+    with pytest.raises(UserError, match="tools python needs a sandbox of level 3, this machine has level 1"):
+        chat_cli.main(chat_cli.parse_args(flags))
+    chat_cli.main(chat_cli.parse_args([*flags, "--allow-weak-sandbox"]))
+    assert capsys.readouterr() == ("three\n", "[len('abc') -> 3]\n")
+
+
+@pytest.mark.parametrize("flags, options", [("", ("auto", False)), ("--kv fp8 --batch-invariant", ("fp8", True))])
+def test_flags_reach_the_engine(monkeypatch, tokenizer, flags, options):
+    engines = []
+    monkeypatch.setattr(chat_cli, "load_model", lambda stage, **_: (random_model(), tokenizer, {"step": 7}))
+    monkeypatch.setattr(chat_cli, "answer_once", lambda chat, *_: engines.append(chat.engine))
+    chat_cli.main(chat_cli.parse_args(["-p", "hi", *flags.split()]))
+    assert (engines[0].runner.kv_dtype, engines[0].runner.batch_invariant) == options
+
+
 def test_an_answer_cut_off_by_the_context_says_so(scripted, capsys):
     scripted("-p", "x" * 90)
     assert capsys.readouterr().err.endswith("(cut off by the context of 96)\n")

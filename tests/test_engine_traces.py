@@ -146,6 +146,7 @@ def tokenizer():
 @pytest.mark.parametrize("options", [
     dict(page_size=4, n_pages=20, max_batch=5, step_tokens=16), dict(page_size=1, n_pages=64, max_batch=8),
     dict(page_size=16, n_pages=5, max_batch=3, step_tokens=9), dict(page_size=3, n_pages=40, prefix_cache=False),
+    dict(page_size=4, n_pages=21, max_batch=5, overlap=True), dict(page_size=16, n_pages=6, max_batch=3, overlap=True),
 ])
 def test_2500_random_operations_never_read_a_wrong_cell(options, tokenizer, monkeypatch):
     monkeypatch.setattr("nanochat.engine.engine.TOOL_POLL_SECONDS", 0)
