@@ -254,7 +254,7 @@ class Engine:
         """
         landed = []
         for row, position, *token in flight.collect():
-            if row.finish_reason or not position == row.drawn_at == len(row.tokens):
+            if row.finish_reason or position != len(row.tokens) or row.drawn_at < position:
                 continue
             landed.append(row)
             expression = row.accept(*token, self.terminals)
