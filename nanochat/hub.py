@@ -294,6 +294,9 @@ def _receive(file: _File, remote: _Remote, part: BinaryIO, shared: _Transfers, d
             _cut_back(part, 0, shared)
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise _Damaged("the server answered with another range")
+        announced = response.headers.get("Content-Length", "")
+        if announced and int(announced) != remote.size - part.tell():
+            raise _Damaged(f"the server sends {announced} bytes where {remote.size - part.tell()} are missing")
         last, received = time.monotonic(), 0
         for chunk in response.iter_raw():
             part.write(chunk)
