@@ -21,6 +21,7 @@ REFUSED = [
     ([1, 265], {}, "prompt tokens must be ids from 0 to 264, got 1 to 265"),
     ([-1], {}, "prompt tokens must be ids from 0 to 264, got -1 to -1"),
     (prompt_of(60), {}, "a request of 84 tokens needs 6 pages of 16 tokens, the pool has 4"),
+    ([1, 2], {"stop_ids": (3, 265)}, "stop_ids must be ids from 0 to 264, got (3, 265)"),
     (prompt_of(41), {"n": 2}, "a request of 65 tokens needs 5 pages of 16 tokens, the pool has 4"),
 ]
 
@@ -44,17 +45,44 @@ def test_the_largest_request_that_fits_is_served(make):
     assert_recomputed(engine, engine.generate(prompts, params), prompts, params)
 
 
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+def test_a_timeout_is_above_zero(make, timeout):
+    with pytest.raises(UserError, match=f"a timeout must be above 0 seconds, got {timeout}"):
+        make().submit(prompt_of(5), GREEDY, timeout)
+
+
+def test_strict_refuses_what_may_end_at_the_context(make):
+    engine = make()
+    with pytest.raises(UserError) as error:
+        engine.submit(prompt_of(73), GREEDY, strict=True)
+    assert str(error.value) == "prompt and max_tokens must fit the context of 96 tokens, got 73 and 24"
+    assert engine.submit(prompt_of(72), GREEDY, strict=True).limit == engine.submit(prompt_of(73), GREEDY).limit == 96
+
+
 @pytest.mark.parametrize("field, value, sentence", [
     ("max_tokens", -1, "max_tokens must be at least 0, got -1"),
     ("temperature", -0.5, "temperature must be a finite number of at least 0, got -0.5"),
     ("temperature", float("nan"), "temperature must be a finite number of at least 0, got nan"),
+    ("temperature", float("inf"), "temperature must be a finite number of at least 0, got inf"),
+    ("temperature", 1e-5, "temperature must be 0 or at least 0.0001, got 1e-05"),
+    ("max_tokens", float("nan"), "max_tokens must be a whole number, got nan"),
+    ("max_tokens", None, "max_tokens must be a whole number, got None"),
+    ("top_k", 2.5, "top_k must be a whole number, got 2.5"),
     ("top_k", 0, "top_k must be at least 1, or None for all, got 0"),
     ("top_p", 0.0, "top_p must be above 0 and at most 1, got 0.0"),
     ("top_p", float("nan"), "top_p must be above 0 and at most 1, got nan"),
+    ("min_p", float("nan"), "min_p must be at least 0 and below 1, got nan"),
     ("min_p", 1.0, "min_p must be at least 0 and below 1, got 1.0"),
     ("seed", -1, "seed must be from 0 to 2^63 - 1, got -1"),
     ("seed", 2**63, "seed must be from 0 to 2^63 - 1, got 9223372036854775808"),
     ("n", 0, "n must be at least 1, got 0"),
+    ("logprobs", -1, "logprobs must be from 0 to 20, or None, got -1"),
+    ("logprobs", 21, "logprobs must be from 0 to 20, or None, got 21"),
+    ("stop", "ab", "stop must be a tuple of at most 4 strings, got 'ab'"),
+    ("stop", ("a", "b", "c", "d", "e"), "stop must be a tuple of at most 4 strings, got ('a', 'b', 'c', 'd', 'e')"),
+    ("stop", ("a", ""), "a stop string must have 1 to 256 characters, got ''"),
+    ("stop", ("a" * 257,), f"a stop string must have 1 to 256 characters, got '{'a' * 79}"),
+    ("stop", (7,), "a stop string must have 1 to 256 characters, got 7"),
 ])
 def test_sampling_parameters_out_of_range(field, value, sentence):
     with pytest.raises(UserError) as error:

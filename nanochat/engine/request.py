@@ -64,10 +64,10 @@ class SamplingParams:
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UserError(f"logprobs must be from 0 to {MAX_LOGPROBS}, or None, got {self.logprobs}")
         if isinstance(self.stop, str) or len(self.stop) > MAX_STOPS:
-            raise UserError(f"stop must be a tuple of at most {MAX_STOPS} strings, got {self.stop!r}")
+            raise UserError(f"stop must be a tuple of at most {MAX_STOPS} strings, got {self.stop!r:.80}")
         for stop in self.stop:
             if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
-                raise UserError(f"a stop string must have 1 to {MAX_STOP_CHARS} characters, got {stop!r}")
+                raise UserError(f"a stop string must have 1 to {MAX_STOP_CHARS} characters, got {stop!r:.80}")
 
 
 @dataclass(frozen=True)
