@@ -71,7 +71,8 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
                 "tasks": tasks, "sequence_len": T, "rows_per_step": args.rows_per_step}
     trainer = make_trainer(stage, model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
-    print0(f"plan: {n_steps:,} steps of {args.rows_per_step} rows from {len(train_task):,} conversations")
+    parts = ", ".join(f"{part['task']} {part['conversations']:,}" for part in train_task.counts())
+    print0(f"plan: {n_steps:,} steps of {args.rows_per_step} rows from {len(train_task):,} conversations: {parts}")
     if trainer.restore(args.resume):
         print0(f"{stage}: already finished, nothing to do")
         return close_runtime()
