@@ -208,8 +208,8 @@ def test_a_preset_that_needs_a_gpu_says_so_where_there_is_none(checkout):
     environment_without = environment(checkout) | {"PATH": f"{checkout}/bin:{os.environ['PATH']}"}
     said = subprocess.run(["bash", str(checkout / "repo/speedrun.sh"), "d20"], capture_output=True, text=True,
                           env=environment_without)
-    assert (said.returncode, said.stderr) == (
-        2, "error: preset d20 needs a GPU that nvidia-smi lists, found none (tiny runs without; --dry-run only prints)\n")
+    assert said.returncode == 2 and said.stderr == (
+        "error: preset d20 needs a GPU that nvidia-smi lists, found none (tiny runs without; --dry-run only prints)\n")
 
 
 @pytest.mark.parametrize("gpus", ["two", "-1"])
