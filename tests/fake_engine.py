@@ -23,10 +23,10 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer.train(["no merges"], VOCAB)
 
 
-def endless(piece: str = "x"):
+def endless(event):
     """A reply that never ends by itself."""
     while True:
-        yield "text", piece
+        yield event
 
 
 class FakeRequest:
@@ -44,7 +44,7 @@ class FakeRequest:
         return all(said and said[-1][0] == "finish" for said in self.said)
 
     def say(self, i, event):
-        if not (self.said[i] and self.said[i][-1][0] == "finish"):
+        if event and not (self.said[i] and self.said[i][-1][0] == "finish"):
             self.said[i].append(event)
             self.new.append((i, event))
 
@@ -68,7 +68,8 @@ class FakeRequest:
 class FakeEngine:
     """reply: events, or a function from (prompt as text, sample) to them. step_seconds: how long a step sleeps.
 
-    refuse: the sentence with which `submit` refuses. failing_steps: how many steps raise.
+    An event None says nothing in its step, as in prefill. refuse: the sentence with which `submit` refuses.
+    failing_steps: how many steps raise. gate: steps wait while it is cleared.
     """
 
     def __init__(self, reply=HELLO, *, step_seconds=0.0, max_batch=64, context=1024, refuse=None,
@@ -76,6 +77,8 @@ class FakeEngine:
         self.reply = reply if callable(reply) else lambda prompt, sample: reply
         self.step_seconds, self.max_batch, self.context, self.refuse = step_seconds, max_batch, context, refuse
         self.failing_steps = failing_steps
+        self.gate = threading.Event()
+        self.gate.set()
         self.tokenizer, self.tools = byte_tokenizer(), "calculator"
         self.requests: list[FakeRequest] = []
         self.submitted: list[FakeRequest] = []
@@ -102,6 +105,7 @@ class FakeEngine:
         return request
 
     def step(self):
+        self.gate.wait(10)
         self.steps += 1
         if self.failing_steps:
             self.failing_steps -= 1
@@ -138,7 +142,7 @@ def client_of(engine, **settings):
 
 
 @contextmanager
-def live(app):
+def live(app, loaded=True):
     """Serve the app on a free loopback port, in a thread; yields the server, whose `url` is where."""
     with listen("127.0.0.1", 0) as listener:
         server = Server(app)
@@ -146,7 +150,7 @@ def live(app):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            until(lambda: server.started and app.state.pool.state != "loading")
+            until(lambda: server.started and (not loaded or app.state.pool.state != "loading"))
             yield server
         finally:
             server.stop()

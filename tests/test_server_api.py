@@ -265,7 +265,8 @@ def test_metrics_count(server):
 @pytest.mark.parametrize("body, param", [
     ({"temperature": -0.1}, "temperature"), ({"temperature": 2.1}, "temperature"),
     ({"temperature": "1"}, "temperature"), ({"temperature": True}, "temperature"), ({"top_p": 0}, "top_p"),
-    ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"top_k": 1.0}, "top_k"), ({"top_k": True}, "top_k"), ({"min_p": 1}, "min_p"), ({"n": 0}, "n"), ({"n": 17}, "n"),
+    ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"top_k": 1.0}, "top_k"),
+    ({"top_k": True}, "top_k"), ({"min_p": 1}, "min_p"), ({"n": 0}, "n"), ({"n": 17}, "n"),
     ({"n": True}, "n"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"), ({"seed": 0.5}, "seed"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -5}, "max_tokens"), ({"max_tokens": 10**30}, "max_tokens"),
     ({"stop": ""}, "stop"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ["a", 1]}, "stop.1"),

@@ -33,20 +33,25 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on a client who takes too long to ask: uvicorn itself waits forever."""
+    """HTTP/1.1 that hangs up on clients who do not ask, or do not read the end of an answer: uvicorn waits forever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.was_idle = False
-        self._look()
+        self.next_look = self.loop.call_later(HEADER_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.next_look.cancel()
+        super().connection_lost(exc)
 
     def _look(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.was_idle:
+        if self.transport.is_closing():
+            self.transport.abort()
+        elif idle and self.was_idle:
             self.transport.close()
-        if not self.transport.is_closing():
-            self.was_idle = idle
-            self.loop.call_later(HEADER_SECONDS, self._look)
+        self.was_idle = idle
+        self.next_look = self.loop.call_later(HEADER_SECONDS, self._look)
 
 
 class Server(uvicorn.Server):
