@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI):
         self.pool = app.state.pool
-        super().__init__(uvicorn.Config(app, http=Protocol, log_level="warning", access_log=False, server_header=False,
+        super().__init__(uvicorn.Config(app, http=Protocol, log_level="error", access_log=False, server_header=False,
                                         timeout_graceful_shutdown=round(self.pool.settings.drain) + 2))
         self.pool.on_failure = self.stop
 
