@@ -67,6 +67,15 @@ def test_text_is_cut_before_the_stop_string_and_never_shows_a_part_of_it(tokeniz
     assert 30 < cuts < 140
 
 
+def test_of_two_stop_strings_in_one_token_the_one_that_ends_first_counts():
+    coder = Tokenizer.train(["xyz"] * 9, VOCAB + 2)
+    assert [coder.decode([token]) for token in coder.encode("wxyz")] == ["w", "xyz"]
+    transcript = Transcript(coder, ("wxyz", "y"))
+    for token in coder.encode("wxyz"):
+        transcript.push(token)
+    assert (transcript.text, transcript.stopped_by) == ("wx", "y")
+
+
 def test_a_stop_string_ends_the_row_and_only_its_text_is_cut(make):
     engine = make()
     says(engine, "One. Two.\n\nThree", 10)
