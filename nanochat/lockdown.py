@@ -15,6 +15,7 @@ costs milliseconds of every run (json 9, signal 5).
 
 import _signal
 import ctypes
+import fcntl
 import os
 import resource
 import sys
@@ -83,13 +84,15 @@ def main() -> None:
     if child:
         _supervise(child, status, namespaces)
     _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
+    status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, 32)  # out of the channel's way
     try:
         with open(program, "rb") as file:
             source = file.read().decode("utf-8", "surrogatepass")
-        _lock(options, channel)
+        _lock(options, channel, status)
     except BaseException as error:
         os.write(status, f"error {error!r}".encode())
         os._exit(1)
+    os.close(status)
     _execute(source)
 
 
@@ -129,8 +132,9 @@ def _leave_namespaces(own_user: bool) -> None:
 # --- the child --------------------------------------------------------------------------------------
 
 
-def _lock(options: dict[str, str], channel: int | None) -> None:
-    """Give up everything that `options` names, in the one order in which each step is still allowed."""
+def _lock(options: dict[str, str], channel: int | None, status: int) -> None:
+    """Give up everything that `options` names, in the one order in which each step is still allowed. What stays open
+    is standard input and output, `channel` as 3, and `status`, which the caller closes."""
     view, scratch = options["view"].split(":"), options["scratch"]
     file_bytes, drop_uid = int(options["file_bytes"]), options["drop_uid"] == "1"
     if options["namespaces"]:
@@ -150,7 +154,8 @@ def _lock(options: dict[str, str], channel: int | None) -> None:
         _restrict_files(abi, view, scratch)
     if channel is not None:
         os.dup2(channel, 3)
-    os.closerange(3 if channel is None else 4, 1 << 16)
+    os.closerange(3 if channel is None else 4, status)
+    os.closerange(status + 1, 1 << 16)
     if options["seccomp"]:
         _filter_syscalls(bytes.fromhex(options["seccomp"]))
 

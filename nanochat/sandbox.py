@@ -104,7 +104,8 @@ class Child:
                 pass_fds=tuple(inherited.values()), env={"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"})
         except OSError as error:
             os.close(self._status)
-            self._remove_folder()
+            if self._folder:
+                _remove(self._folder)
             raise UserError(f"the sandbox needs an interpreter it can start, got {_interpreter()} "
                             f"({error.strerror})") from error
         finally:
@@ -171,11 +172,8 @@ class Child:
             if stream:
                 stream.close()
         os.close(self._status)
-        self._remove_folder()
-
-    def _remove_folder(self) -> None:
         if self._folder:
-            _flatten(Path(self._folder))
+            _remove(self._folder)
 
 
 def _options(means: "Means", limits: Limits, scratch: str, inherited: dict[str, int]) -> list[str]:
@@ -195,7 +193,7 @@ def _result(stdout: str, stderr: str, ended: str, report: str, limits: Limits) -
     _, status, cpu_seconds = report.split()
     code = os.waitstatus_to_exitcode(int(status))
     if code < 0:
-        ended = "timeout" if float(cpu_seconds) >= limits.cpu_seconds else "killed"
+        ended = "timeout" if float(cpu_seconds) > limits.cpu_seconds - 0.1 else "killed"
     elif code == 1 and stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
         ended = "memory"
     return Result(stdout, stderr, ended or "exit", code)
@@ -227,7 +225,7 @@ def _view() -> tuple[str, ...]:
 
 
 def _scratch_folder(for_nobody: bool) -> str:
-    folder = tempfile.mkdtemp(prefix="nanochat-sandbox-")
+    folder = tempfile.mkdtemp(prefix=f"nanochat-sandbox-{os.getpid()}-")
     if for_nobody:
         os.chown(folder, lockdown.NOBODY, lockdown.NOBODY)
     return folder
@@ -248,20 +246,30 @@ def _exceeds(folder: str, limits: Limits) -> bool:
     return False
 
 
-def _flatten(folder: Path) -> None:
-    """Remove `folder`. shutil.rmtree fails on trees deeper than the recursion limit and on unreadable folders."""
-    moved = 0
-    while entries := list(os.scandir(folder)):
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)
-                continue
-            os.chmod(entry.path, 0o700)
-            for child in list(os.scandir(entry.path)):
-                moved += 1
-                os.rename(child.path, folder / f"..{moved}")
-            os.rmdir(entry.path)
-    folder.rmdir()
+def _remove(folder: str) -> None:
+    """Remove a tree of any shape. shutil.rmtree needs a stack frame and a descriptor per level, and rights to read."""
+    here, names = os.open(folder, os.O_RDONLY), []  # the open folder, and the names that lead to it
+    while True:
+        inner = None
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    inner = entry.name
+                    break
+                os.unlink(entry.name, dir_fd=here)
+        if inner is None and not names:
+            break
+        if inner is not None:
+            os.chmod(inner, 0o700, dir_fd=here)
+        below = os.open("..", os.O_RDONLY, dir_fd=here) if inner is None else os.open(inner, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+        if inner is None:
+            os.rmdir(names.pop(), dir_fd=here)
+        else:
+            names.append(inner)
+    os.close(here)
+    os.rmdir(folder)
 
 
 # --- what this machine allows -----------------------------------------------------------------------

@@ -92,8 +92,7 @@ class Outside:
         except BlockingIOError:
             pass
         found += [f"process {pid} left" for pid in processes_of(os.getpid())]
-        found += [f"{path} left" for path in Path(tempfile.gettempdir()).glob("nanochat-sandbox-*")
-                  if path.stat().st_uid in (os.geteuid(), lockdown.NOBODY)]
+        found += [f"{path} left" for path in scratch_folders(os.getpid())]
         if (growth := peak_kib() - self.memory) > MAX_GROWTH_KIB:
             found.append(f"{growth} KiB of memory")
         return found
@@ -126,7 +125,8 @@ class Canary:
     def _snapshot(self) -> list:
         def facts(path):
             found = path.stat()
-            return path.name, found.st_mode, found.st_uid, found.st_nlink, found.st_mtime, path.read_bytes()
+            content = path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else None
+            return path.name, found.st_mode, found.st_uid, found.st_nlink, found.st_mtime, content
 
         return sorted(facts(path) for path in self.folder.iterdir())
 
@@ -143,6 +143,10 @@ def processes_of(pid: int) -> list[int]:
             if f"parent={pid}".encode() in words:
                 found.append(int(entry.name))
     return found
+
+
+def scratch_folders(pid: int) -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"nanochat-sandbox-{pid}-*"))
 
 
 def peak_kib() -> int:
@@ -201,9 +205,7 @@ def in_fork(work, *, as_nobody: bool, environment: dict[str, str] | None = None)
     """Return work()'s result, JSON, from a forked process, which hostile programs may shoot at; as uid 65534 if asked
     for. The fork leaves its parent's signal handlers, environment and caches alone."""
     readable, writable = os.pipe()
-    with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads; this one uses none of their locks
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    child = fork()
     if child == 0:
         try:
             os.environ.update(environment or {})
@@ -226,6 +228,12 @@ def in_fork(work, *, as_nobody: bool, environment: dict[str, str] | None = None)
     answer = json.loads(text)
     assert "error" not in answer, answer["error"]
     return answer["value"]
+
+
+def fork() -> int:
+    with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads; ours use none of their locks
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def become_nobody() -> None:
