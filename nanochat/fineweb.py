@@ -8,7 +8,7 @@ however many were downloaded.
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanochat import hub
+from nanochat import download, hub
 from nanochat.common import UserError
 from nanochat.text_sources import corrupt_row_groups, open_parquet
 
@@ -34,8 +34,8 @@ def prepare(shards: int | None, *, workers: int = 8, skip_corrupt: bool = False)
     if skip_corrupt:
         with ThreadPoolExecutor(workers) as pool:
             corrupt = dict(zip(names, pool.map(corrupt_row_groups, paths), strict=True))
-        known = hub.read_manifest(folder())
-        hub.enter(folder(), {name: known[name] | {"corrupt": groups} for name, groups in corrupt.items()})
+        known = download.read_manifest(folder())
+        download.enter(folder(), {name: known[name] | {"corrupt": groups} for name, groups in corrupt.items()})
     return opened(shards)
 
 
@@ -43,7 +43,7 @@ def opened(shards: int | None) -> dict:
     """Return the manifest of the first `shards` training shards, None for as many as are here without a gap, and the
     validation shard. UserError when one of them is missing or has no text.
     """
-    known = hub.read_manifest(folder())
+    known = download.read_manifest(folder())
     wanted = _names(shards or 1)
     while shards is None and (name := f"shard_{len(wanted) - 1:05d}.parquet") in known and name != VAL_SHARD:
         wanted.append(name)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from fault_server import running
 
-from nanochat import hub
+from nanochat import download, hub
 from nanochat.common import UserError
 
 REPO = "owner/data"
@@ -29,7 +29,7 @@ TRANSIENT = ["408", "500", "503", "429", "reset at 0", "reset at 50", "reset at 
 def server(monkeypatch):
     with running() as faults:
         monkeypatch.setenv("HF_ENDPOINT", faults.url)
-        monkeypatch.setattr(hub, "BACKOFF_S", 0.001)
+        monkeypatch.setattr(download, "BACKOFF_S", 0.001)
         faults.serve(REPO, "file.bin", DATA)
         yield faults
 
@@ -83,8 +83,14 @@ def test_a_server_that_mistakes_the_range_is_no_harm(server, answer):
     assert hub.fetch(REPO, "file.bin").read_bytes() == DATA
 
 
+def test_another_page_does_not_cost_what_came_before(server):
+    server.faults.extend(["cut at 50", "html", "html"])
+    assert hub.fetch(REPO, "file.bin").read_bytes() == DATA
+    assert server.gets[-1][1] == "bytes=50000-"
+
+
 def test_a_server_that_trickles_is_left(server, monkeypatch):
-    monkeypatch.setattr(hub, "SILENCE_S", 1.0)
+    monkeypatch.setattr(download, "SILENCE_S", 1.0)
     server.faults.append("one byte at a time")
     start = time.monotonic()
     assert hub.fetch(REPO, "file.bin").read_bytes() == DATA
@@ -93,14 +99,14 @@ def test_a_server_that_trickles_is_left(server, monkeypatch):
 
 
 def test_a_server_that_falls_silent_is_left(server, monkeypatch):
-    monkeypatch.setattr(hub, "SILENCE_S", 1.0)
-    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "SILENCE_S", 1.0)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     server.faults.append("stall at 1000")
     assert refusal(REPO, "file.bin").endswith("could not be downloaded after 1 attempts: no answer within 1 s")
 
 
 def test_a_file_has_a_deadline_for_all_its_attempts(server, monkeypatch):
-    monkeypatch.setattr(hub, "DEADLINE_S", 0.0)
+    monkeypatch.setattr(download, "DEADLINE_S", 0.0)
     server.forever = "500"
     assert "after 1 attempts: the server answered 500" in refusal(REPO, "file.bin")
     assert len(server.gets) == 1
@@ -110,11 +116,11 @@ def test_a_file_has_a_deadline_for_all_its_attempts(server, monkeypatch):
 def test_a_busy_server_says_how_long_to_wait(header, low, high):
     request = httpx2.Request("GET", "http://127.0.0.1/")
     response = httpx2.Response(429, headers={"Retry-After": header}, request=request)
-    assert low <= hub._pause_after(httpx2.HTTPStatusError("", request=request, response=response), 1) <= high
+    assert low <= download._pause_after(httpx2.HTTPStatusError("", request=request, response=response), 1) <= high
 
 
 def test_pauses_grow_and_differ():
-    pauses = [[hub._pause_after(hub._Damaged(), attempt) for _ in range(20)] for attempt in (1, 4)]
+    pauses = [[download._pause_after(download.Damaged(), attempt) for _ in range(20)] for attempt in (1, 4)]
     assert max(pauses[0]) <= 1.5 and min(pauses[1]) >= 4 and len(set(pauses[0])) == 20
 
 
@@ -130,13 +136,13 @@ def test_a_part_that_was_left_behind_is_used_or_replaced(server, stale):
 
 def test_a_small_file_is_checked_by_its_git_name(server, monkeypatch):
     name = hashlib.sha1(b"blob %d\0" % len(DATA) + DATA).hexdigest()
-    lookup = hub.get_hf_file_metadata
+    lookup = download.get_hf_file_metadata
 
     def with_git_name(*args, **kwargs):
         found = lookup(*args, **kwargs)
         return type(found)(**{**vars(found), "etag": name})
 
-    monkeypatch.setattr(hub, "get_hf_file_metadata", with_git_name)
+    monkeypatch.setattr(download, "get_hf_file_metadata", with_git_name)
     server.faults.append("wrong bytes")
     assert hub.fetch(REPO, "file.bin").read_bytes() == DATA and len(server.gets) == 2
 
@@ -161,8 +167,8 @@ def test_a_parquet_file_must_be_one_even_if_the_hub_has_it_so(server):
 
 
 def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch):
-    usage = hub.shutil.disk_usage("/")
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage._replace(free=len(DATA) - 1))
+    usage = download.shutil.disk_usage("/")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=len(DATA) - 1))
     assert refusal(REPO, "file.bin") == (f"downloading 1 files needs 98 KiB in {hub.repo_folder(REPO)}, 98 KiB are "
                                          "free")
     assert not server.gets
@@ -173,7 +179,7 @@ def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch)
 
 ZYGOTE = """
 import json, os, resource, sys
-from nanochat import hub
+from nanochat import download, hub
 from nanochat.common import UserError
 
 def program(repo, path, environment, file_limit):
@@ -187,6 +193,7 @@ def program(repo, path, environment, file_limit):
         return 130
     return 0
 
+get_session()  # reads the certificates
 for line in sys.stdin:
     order = json.loads(line)
     if isinstance(order, int):
@@ -297,6 +304,26 @@ def test_files_come_in_parallel_and_are_returned_in_order(server):
     assert sorted(manifest()["files"]) == sorted(path for _, path in files)
 
 
+def test_a_log_shows_every_file_that_came(server, capsys):
+    hub.fetch_all(serve_many(server, 3))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines] == ["1 of 3 files", "2 of 3 files", "3 of 3 files"]
+    assert sorted(line.split(", ")[0] for line in lines) == [f"fetched sub/{i}.bin" for i in range(3)]
+
+
+def test_a_missing_file_is_said_before_any_is_fetched(server):
+    with pytest.raises(UserError, match=r"none\.bin could not be downloaded: the server answered 404 \(there is no "
+                                        r"such file\)$"):
+        hub.fetch_all([*serve_many(server, 3), (REPO, "none.bin")])
+    assert not server.gets
+
+
+@pytest.mark.parametrize("repo, path", [(REPO, "../../evil"), (REPO, "/evil"), ("../evil", "file.bin")])
+def test_names_stay_below_the_hub_folder(repo, path):
+    assert refusal(repo, path) == (f"a file of the hub must be named by owner/name and a path below it, got {repo} and "
+                                   f"{path}")
+
+
 def test_what_is_here_needs_no_server(server, monkeypatch):
     files = serve_many(server, 3)
     hub.fetch_all(files)
@@ -343,7 +370,7 @@ def test_after_a_failure_no_other_file_is_begun(server):
     files = serve_many(server)
     server.forever = "401"
     with pytest.raises(UserError, match=r"could not be downloaded: the server answered 401 \(it needs access: set "
-                                        r"HF_TOKEN\).*; 0 of 12 files are done, the same command goes on from there$"):
+                                        r"HF_TOKEN\).*; 0 of 12 files came, the same command goes on from there$"):
         hub.fetch_all(files, workers=2)
     assert len(server.gets) <= 4
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from fault_server import running
 
-from nanochat import hub
+from nanochat import download, hub
 from nanochat.common import UserError
 
 FILES = {"eval_bundle/core.yaml": b"icl_tasks: []\n", "eval_bundle/eval_data/a/b.jsonl": b'{"x": 1}\n' * 5000,
@@ -25,7 +25,7 @@ def zipped(files):
 @pytest.fixture
 def server(monkeypatch):
     with running() as faults:
-        monkeypatch.setattr(hub, "BACKOFF_S", 0.001)
+        monkeypatch.setattr(download, "BACKOFF_S", 0.001)
         faults.etag = False  # as from S3, whose ETag is no checksum of the file
         faults.files["/bundle.zip"] = zipped(FILES)
         faults.bundle = f"{faults.url}/bundle.zip"
@@ -133,6 +133,6 @@ def test_files_beside_the_bundle_in_the_archive_are_left_out(server):
 def test_no_token_leaves_for_the_bundle(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     tokens = []
-    monkeypatch.setattr(hub, "build_hf_headers", lambda token: tokens.append(token) or {})
+    monkeypatch.setattr(download, "build_hf_headers", lambda token: tokens.append(token) or {})
     hub.fetch_bundle(server.bundle)
     assert tokens == [False]
