@@ -179,7 +179,8 @@ def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch)
 
 ZYGOTE = """
 import json, os, resource, sys
-from nanochat import download, hub
+from huggingface_hub import get_session
+from nanochat import hub
 from nanochat.common import UserError
 
 def program(repo, path, environment, file_limit):
