@@ -26,7 +26,7 @@ class GSM8K(StoredTask):
     columns = {"question": "text", "answer": "text"}
 
     def conversation(self, row: dict) -> dict:
-        if final_answer(row["answer"] or "") is None:
+        if final_answer(row["answer"]) is None:
             raise UserError("a solution must end in #### and a number, this one has none")
         return exchange(row["question"], solution_parts(row["answer"]))
 

@@ -15,6 +15,8 @@ _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
 class HumanEval(StoredTask):
+    """164 problems, all of them for the test."""
+
     name = "HumanEval"
     repo = "openai/openai_humaneval"
     files = {"test": ("openai_humaneval/test-00000-of-00001.parquet",)}

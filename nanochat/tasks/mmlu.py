@@ -1,6 +1,6 @@
 """MMLU: exam questions on 57 subjects, four choices each. Hub: cais/mmlu (MIT).
 
-Mid-training reads `auxiliary_train`, 99,842 questions of other multiple-choice exams, whose columns sit inside one
+Mid-training reads `auxiliary_train`, questions of other multiple-choice exams, whose columns sit inside one
 struct column named `train`. Validation reads the test file, of which nanochat (Nov 2025) takes the first 5,200.
 """
 
@@ -12,6 +12,8 @@ _QUESTION = {"question": "text", "choices": ["text"], "answer": "integer"}
 
 
 class MMLU(LetterTask, StoredTask):
+    """99,842 auxiliary questions for training, 14,042 as test."""
+
     name = "MMLU"
     repo = "cais/mmlu"
     files = {"train": ("auxiliary_train/train-00000-of-00001.parquet",),

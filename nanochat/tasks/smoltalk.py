@@ -15,7 +15,7 @@ class Dialogues(Task):
 
 
 class SmolTalk(Dialogues, StoredTask):
-    """460,341 conversations for training, 24,229 as test; the test file is also what validation reads."""
+    """460K conversations for training, 24K as test; the test file is also what validation reads."""
 
     name = "SmolTalk"
     repo = "HuggingFaceTB/smol-smoltalk"

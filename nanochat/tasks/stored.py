@@ -35,7 +35,7 @@ class StoredTask(Task):
             raise UserError(f"unknown split {split!r} of task {self.name}: choose from {', '.join(self.files)}")
         if size is not None and size < 1:
             raise UserError(f"task {self.name} needs at least one problem, not {size}")
-        self._paths = [Path(path) for path in hub.fetch_all([(self.repo, path) for path in self.files[split]])]
+        self._paths = hub.fetch_all([(self.repo, path) for path in self.files[split]])
         self._ends = np.cumsum([_open(path, self.columns).metadata.num_rows for path in self._paths])
         if not self._ends[-1]:
             raise UserError(f"task {self.name} must have at least one row in split {split}, "
