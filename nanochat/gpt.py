@@ -179,12 +179,13 @@ class Attention(nn.Module):
         return self.c_proj(y.flatten(-2))
 
     def forward_paged(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor,
-                      v_pages: torch.Tensor, v_scales: torch.Tensor | None, batch: PagedBatch) -> torch.Tensor:
+                      v_pages: torch.Tensor, v_scales: torch.Tensor | None, batch: PagedBatch,
+                      rows: torch.Tensor | slice) -> torch.Tensor:
         q, k, v = self._qkv(x)  # (N, H or K, D)
         q = self.kernels.paged_append(q, k, v, cos, sin, k_pages, v_pages, batch.slots, v_scales)
         y = self.kernels.paged_attention(q, k_pages, v_pages, batch.block_tables, batch.cu_seqlens_q,
                                          batch.context_lens, self.window, v_scales, batch.alone)
-        return self.c_proj(y.flatten(-2))
+        return self.c_proj(y[rows].flatten(-2))
 
 
 class MLP(nn.Module):
@@ -210,8 +211,9 @@ class Block(nn.Module):
         x = x + self.attn(self.kernels.rms_norm(x), cos, sin)
         return x + self.mlp(self.kernels.rms_norm(x))
 
-    def forward_paged(self, x: torch.Tensor, *args) -> torch.Tensor:
-        x = x + self.attn.forward_paged(self.kernels.rms_norm(x), *args)
+    def forward_paged(self, x: torch.Tensor, *args, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Return the block's output of `rows` (R,), by default of all; keys and values of all x (N, C) are appended."""
+        x = x[rows] + self.attn.forward_paged(self.kernels.rms_norm(x), *args, rows)
         return x + self.mlp(self.kernels.rms_norm(x))
 
 
@@ -324,9 +326,11 @@ class GPT(nn.Module):
         """Append one ragged step to the cache; return what the head reads (R, C), where logits would be too many."""
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
         x = self._embed(batch.tokens)
-        for block, pages in zip(self.transformer["h"], cache.layers, strict=True):
+        *layers, (last, last_pages) = zip(self.transformer["h"], cache.layers, strict=True)
+        for block, pages in layers:
             x = block.forward_paged(x, cos, sin, *pages, batch)
-        return self.kernels.rms_norm(x[batch.out_rows])
+        x = last.forward_paged(x, cos, sin, *last_pages, batch, rows=batch.out_rows)  # nobody reads the other rows
+        return self.kernels.rms_norm(x)
 
     def _embed(self, idx: torch.Tensor) -> torch.Tensor:
         x = F.embedding(idx, self.transformer["wte"].weight).to(self.dtype)
