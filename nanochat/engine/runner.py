@@ -92,14 +92,14 @@ class Runner:
                  graphs: bool | None = None, compiled: bool = False, batch_invariant: bool = False):
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
-        reason = why_no_graphs(model.device, model.kernels) if graphs or graphs is None else None
-        if graphs and reason:
-            raise UserError(f"graphs cannot be had: {reason}")
+        no_graphs = None if graphs is False else why_no_graphs(model.device, model.kernels)
+        if graphs and no_graphs:
+            raise UserError(f"graphs cannot be had: {no_graphs}")
         if compiled and (reason := _reads_lengths(model.kernels)):
             raise UserError(f"a compiled step cannot be had: {reason}; take --kernels triton")
         self.model, self.n_pages, self.page_size, self.kv_dtype = model, n_pages, page_size, kv_dtype
         self.max_batch, self.batch_invariant = max_batch, batch_invariant
-        self.graphs = graphs or (graphs is None and reason is None)
+        self.graphs = graphs is not False and not no_graphs
         self.padded = self.graphs or compiled
         self.buckets = [INVARIANT_TOKENS] if batch_invariant else buckets(max_batch)
         width = -(-model.config.sequence_len // page_size)
@@ -234,8 +234,7 @@ class Runner:
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.buckets):
             step = self._decode_step(size)
-            with torch.cuda.stream(torch.cuda.Stream()):  # compiles kernels and lets libraries set themselves up
-                self._decode(step.batch, step.draw)
+            self._decode(step.batch, step.draw)  # kernels are compiled, libraries set themselves up
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
