@@ -7,9 +7,12 @@ The base directory is $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. A progra
 import argparse
 import fcntl
 import os
+import secrets
 import shutil
+import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from kernels import KernelError
+from nanochat.roll_call import RollCall, first_sentence
 
 SEED = 42
 
@@ -29,16 +33,30 @@ class UserError(Exception):
 
 
 def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable) -> None:
-    """Run `main(parse_args())`; a UserError or KernelError becomes `error: ...` on stderr and exit code 2."""
+    """Run `main(parse_args())`; a UserError or KernelError becomes `error: ...` on stderr and exit code 2.
+
+    So does, in a job of several ranks, the loss of another rank, which is named. There any error ends the process at
+    once: collectives that were begun and cannot end would keep it.
+    """
     args = parse_args()
     try:
         main(args)
-    except (UserError, KernelError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError | KernelError) else None
+        if _roll_call is not None:
+            sentence = _roll_call.explain(error, sentence)
+        elif sentence is None:
+            raise
+        text = "".join(traceback.format_exception(error)) if sentence is None else f"error: {sentence}\n"
+        print(text, end="", file=sys.stderr, flush=True)  # in one write: ranks share the terminal
+        code = 1 if sentence is None else 2
+        if _roll_call is not None:
+            sys.stdout.flush()
+            os._exit(code)
+        raise SystemExit(code) from None
 
 
 def base_dir() -> Path:
@@ -146,10 +164,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def init_runtime(device: str = "auto", *, seed: int = SEED, timeout_s: int = 600) -> Runtime:
+def init_runtime(device: str = "auto", *, seed: int = SEED) -> Runtime:
     """Seed, pick the device and join torchrun's process group when there is one.
 
-    Ranks on GPUs talk over NCCL, ranks on CPU over gloo; a dead or hung peer ends the job after `timeout_s`.
+    Ranks on GPUs talk over NCCL, ranks on CPU over gloo; a rank that is not there, or keeps the others waiting, ends
+    the job after NANOCHAT_TIMEOUT seconds (default 600). Raises UserError where ranks cannot join or share no folder.
     """
     picked = pick_device(device)
     torch.manual_seed(seed)
@@ -158,21 +177,70 @@ def init_runtime(device: str = "auto", *, seed: int = SEED, timeout_s: int = 600
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Runtime(picked)
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} needs torchrun's variables, {', '.join(missing)} not set")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if picked.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"a node needs a GPU per rank, local rank {local_rank} of {socket.gethostname()} has none: "
+                            f"torch sees {torch.cuda.device_count()}")
         picked = torch.device("cuda", local_rank)
         torch.cuda.set_device(picked)
+    runtime = Runtime(picked, rank, world_size)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=timeout_s))
-    return Runtime(picked, rank, world_size)
+        _join(runtime)
+    return runtime
+
+
+def _join(runtime: Runtime) -> None:
+    """Join the process group and remember its store, through which lost ranks will be named."""
+    global _roll_call
+    close_runtime()  # of an earlier job in this process
+    seconds = os.environ.get("NANOCHAT_TIMEOUT", "600")
+    if not seconds.isdecimal() or int(seconds) < 1:
+        raise UserError(f"NANOCHAT_TIMEOUT must be whole seconds from 1, got {seconds!r}")
+    timeout = timedelta(seconds=int(seconds))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", runtime.rank, runtime.world_size, timeout=timeout))
+        dist.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=timeout,
+                                store=dist.PrefixStore("group", store), rank=runtime.rank,
+                                world_size=runtime.world_size)
+    except RuntimeError as error:
+        raise UserError(f"rank {runtime.rank} of {runtime.world_size} on {socket.gethostname()} must meet the others "
+                        f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds} s, it did not "
+                        f"({first_sentence(error)})") from error
+    _roll_call = RollCall(dist.PrefixStore("roll call", store), runtime.rank, runtime.world_size)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size)) < runtime.world_size:
+        _check_shared_folder(runtime, dist.PrefixStore("shared folder", store))
+
+
+def _check_shared_folder(runtime: Runtime, store: dist.Store) -> None:
+    """Raise UserError when a node has a base directory of its own: every rank writes its part of a checkpoint."""
+    if runtime.is_main:
+        marker = base_dir() / f".shared-{secrets.token_hex(8)}"
+        marker.touch()
+        store.set("name", marker.name)
+    seen = (base_dir() / store.get("name").decode()).exists()
+    blind = int(runtime.all_reduce(torch.tensor(float(not seen), device=runtime.device)))
+    if runtime.is_main:
+        marker.unlink()
+    if blind:
+        raise UserError(f"NANOCHAT_BASE_DIR must be one folder that all nodes share, {blind} of {runtime.world_size} "
+                        f"ranks do not see what rank 0 wrote; {base_dir()} on {socket.gethostname()} "
+                        + ("is rank 0's" if seen else "is another"))
+
+
+_roll_call: RollCall | None = None  # of the process group, while there is one
 
 
 def close_runtime() -> None:
     """Leave the process group, if this process joined one."""
+    global _roll_call
+    if _roll_call is not None:
+        _roll_call.left.set()
+        _roll_call.join()
+        _roll_call = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

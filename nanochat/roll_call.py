@@ -1,0 +1,81 @@
+"""Naming the ranks that a job lost.
+
+Every rank tells the job's store once a second that it is alive and where it is, and why it ends if it does; whom a
+collective left waiting looks up who failed, who is silent and who is busy elsewhere. With torchrun the store is the
+first node's agent, which outlives the ranks. Over gloo a lost rank is an error in all the others; NCCL's watchdog
+aborts a process that waited too long, so that there only the rank that fails by itself is named.
+"""
+
+import itertools
+import re
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class RollCall(threading.Thread):
+    """Ticks in the background from the moment it is made; `left` ends it."""
+
+    TICK_S, PATIENCE_S = 1.0, 5.0
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.left = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        for tick in itertools.count():
+            with suppress(RuntimeError):  # the store has gone with rank 0
+                self.store.set(f"alive {self.rank}", f"{tick}|{socket.gethostname()}|{_busy_at()}")
+            if self.left.wait(self.TICK_S):
+                return
+
+    def explain(self, error: Exception, known: str | None) -> str | None:
+        """Return the sentence to end with, None for a mistake in the program; `known` is that of a user's mistake."""
+        lost = known is None and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        reason = "" if lost else known or f"{type(error).__name__}: {first_sentence(error)}"
+        try:
+            self.store.set(f"reason {self.rank}", reason)
+            causes = self._causes() if lost else []
+        except RuntimeError:
+            causes = ["rank 0, which kept the job's store, is gone"]
+        self.left.set()
+        if lost:
+            return f"rank {self.rank} ends: {'; '.join(causes) or 'the network failed'} ({first_sentence(error)})"
+        return known and f"rank {self.rank}: {known}"
+
+    def _causes(self) -> list[str]:
+        before = self._heard()
+        time.sleep(self.PATIENCE_S)
+        causes = []
+        for rank, (tick, host, busy_at) in self._heard().items():
+            name = f"rank {rank} on {host}"
+            if self.store.check([f"reason {rank}"]):
+                reason = self.store.get(f"reason {rank}").decode()
+                causes += [f"{name} failed: {reason}"] if reason else []
+            elif before[rank][0] == tick:
+                causes.append(f"{name} is dead or stopped")
+            elif busy_at:
+                causes.append(f"{name} keeps the others waiting at {busy_at}")
+        return causes
+
+    def _heard(self) -> dict[int, list[str]]:
+        return {rank: self.store.get(f"alive {rank}").decode().split("|") for rank in range(self.world_size)}
+
+
+def _busy_at() -> str:
+    """Return the file and line that the main thread is at, "" while it waits for other ranks."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    waits = "torch/distributed/" in frame.f_code.co_filename or frame.f_code.co_name == "_wait"
+    return "" if waits else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of a message of torch.distributed, without the place in its source."""
+    return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
