@@ -24,7 +24,8 @@ ROUND_TRIP = "Hello, world! It's 2025 -- don't panic.\r\n\tprint(x ** 2)  # naï
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.tok_train", description="Train the tokenizer.")
     parser.add_argument("--data", default="builtin", metavar="SOURCE",
-                        help="builtin or a folder, prepared by scripts.dataset (default: builtin)")
+                        help="builtin, fineweb-edu (the shards that are here) or a folder, prepared by scripts.dataset "
+                             "(default: builtin)")
     parser.add_argument("--vocab-size", type=int, default=65536, metavar="N",
                         help="ids in all: 256 bytes, the merges, 9 special tokens (default: 65536)")
     parser.add_argument("--max-chars", type=float, default=2e9, metavar="N",

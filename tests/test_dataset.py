@@ -126,8 +126,12 @@ def test_a_damaged_shard_is_prepared_again(folder):
     texts = all_texts(dataset)
     dataset.val.write_bytes(dataset.val.read_bytes()[:-1])
     assert all_texts(prepare(folder)) == texts
-    (dataset.folder / "manifest.json").write_text("{", encoding="utf-8")
-    assert all_texts(prepare(folder)) == texts
+    manifest = (dataset.folder / "manifest.json").read_text(encoding="utf-8")
+    for unreadable in ("{", "[]", manifest.replace('"format": 1', '"format": 2')):
+        (dataset.folder / "manifest.json").write_text(unreadable, encoding="utf-8")
+        with pytest.raises(UserError, match="is not prepared, run python -m scripts.dataset --data "):
+            open_dataset(folder)
+        assert all_texts(prepare(folder)) == texts
 
 
 def test_a_failed_preparation_leaves_the_old_dataset_whole(folder):
