@@ -86,6 +86,7 @@ def test_a_client_that_leaves_frees_its_row_within_two_steps(stream, event):
         until(lambda: engine.aborted)
         assert engine.steps - before <= 2
         until(lambda: is_idle(server))
+        assert 'nanochat_request_failures_total{code="disconnected"} 1.0' in get(server, "/metrics")
 
 
 def test_a_client_that_leaves_the_queue_never_reaches_the_engine():
@@ -119,7 +120,8 @@ def test_a_client_that_does_not_read_loses_its_request(monkeypatch):
 def test_text_arrives_while_the_engine_still_works_on_the_rest():
     def reply(prompt, sample):
         yield "text", "early"
-        engine.gate.clear()
+        engine.gate.clear()  # for the steps after this one
+        yield None
         yield "text", "late"
         yield "finish", "stop"
 
@@ -239,6 +241,7 @@ def test_a_failed_step_fails_its_requests_and_no_later_ones(caplog):
         text = ask(server, stream=False).rest()
         assert status(text) == 503 and '"code":"engine_error"' in text and "a step that fails" not in text
         assert "a step that fails" in caplog.text
+        assert 'nanochat_request_failures_total{code="engine_error"} 1.0' in get(server, "/metrics")
         assert status(ask(server, stream=False).rest()) == 200
         assert is_idle(server)
 

@@ -151,21 +151,20 @@ class Api:
         job = Job(prompts, params, self.settings.buffer_bytes)
         usage = body.stream_options is not None and body.stream_options.include_usage
         answer = kind(job, self.engine.tokenizer, self.settings.model, usage)
+        stream = None
         try:
             self.pool.submit(job)
             await or_disconnect(request, self._admitted(job))
-            if not body.stream:
-                whole = await or_disconnect(request, answer.whole())
-                self._close(job)
-                return JSONResponse(whole)
+            if body.stream:
+                stream = JobStream(answer.chunks(), lambda: self._close(job), self.settings)
+                return stream
+            return JSONResponse(await or_disconnect(request, answer.whole()))
         except ApiError as error:
             job.fail(error)
-            self._close(job)
             raise
-        except BaseException:
-            self._close(job)
-            raise
-        return JobStream(answer.chunks(), lambda: self._close(job), self.settings)
+        finally:
+            if stream is None:
+                self._close(job)
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.model:
@@ -182,13 +181,15 @@ class Api:
 
     def _close(self, job: Job) -> None:
         """Let go of a job that is done, failed or abandoned; count it and log it, what was said only if asked to."""
+        if not job.done:
+            job.fail(ApiError(499, "the client has left", "disconnected"))
         self.pool.cancel(job)
         self.metrics.observe(job)
         said = [(c.finish_reason, c.completion_tokens, *([c.text] if self.settings.log_text else []))
                 for c in job.completions]
         tokenizer = self.pool.engines[0].tokenizer
         asked = [tokenizer.decode(p) if self.settings.log_text else len(p) for p in job.prompts]
-        log.info("%s", plain(f"{asked} -> {said or job.error or 'nobody listens'}"))
+        log.info("%s", plain(f"{asked} -> {said or job.error}"))
 
     def _params(self, body: Sampling, prompt: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return how to sample, after checking that the longest prompt and its answer fit the context."""

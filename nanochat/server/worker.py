@@ -23,6 +23,7 @@ from nanochat.server.settings import Settings
 STEPS_AHEAD = 2
 SLICE = 32  # jobs; writing an event to each takes 3 ms
 STOP_SECONDS = 5.0
+ENGINE_FAILED = ApiError(503, "the engine failed at this request or one beside it; see the log", "engine_error")
 
 log = logging.getLogger("nanochat.server")
 
@@ -222,6 +223,9 @@ class Worker(threading.Thread):
             self._abort(requests)
             self.load -= job.choices
             self.pool.call(self._fail, job, ApiError(400, str(error), "invalid_value"))
+        except Exception:
+            self.pool.call(self._fail, job, ENGINE_FAILED)
+            raise
         else:
             self.running.append(Running(job, requests))
             self.pool.call(job.receive, [], [])
@@ -236,9 +240,8 @@ class Worker(threading.Thread):
 
     def _recover(self) -> bool:
         """After a failed step nothing in the engine can be trusted: fail its jobs, start over, and say if it works."""
-        error = ApiError(503, "the engine failed at this request or one beside it; see the log", "engine_error")
         for running in self.running:
-            self.pool.call(self._fail, running.job, error)
+            self.pool.call(self._fail, running.job, ENGINE_FAILED)
         self._keep([])
         try:
             self.engine.reset()
