@@ -77,7 +77,7 @@ def test_a_cut_transfer_goes_on_where_it_stopped(server):
     assert [asked for _, asked in server.gets] == ["", "bytes=50000-", "bytes=50000-", "bytes=75000-"]
 
 
-@pytest.mark.parametrize("answer", ["200 to range", "other range"])
+@pytest.mark.parametrize("answer", ["200 to range", "other range", "no such range"])
 def test_a_server_that_mistakes_the_range_is_no_harm(server, answer):
     server.faults.extend(["cut at 50", answer])
     assert hub.fetch(REPO, "file.bin").read_bytes() == DATA
