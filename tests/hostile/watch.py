@@ -25,8 +25,8 @@ from pathlib import Path
 from nanochat import lockdown, sandbox
 
 HERE = Path(__file__).parent
-ENDLESS = sandbox.Limits(seconds=0.5, cpu_seconds=1)
-OTHERS = sandbox.Limits(seconds=10.0, cpu_seconds=10)
+ENDLESS = sandbox.Limits(seconds=0.4, cpu_seconds=1, memory_bytes=2**27)
+OTHERS = sandbox.Limits(seconds=10.0, cpu_seconds=10, memory_bytes=2**27)
 LATE_SECONDS = 10.0  # a machine may be busy, but no program may hold us
 MAX_GROWTH_KIB = 200 * 1024
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGIO, signal.SIGALRM, signal.SIGHUP)
