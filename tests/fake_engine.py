@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 from starlette.testclient import TestClient
 
-from nanochat.common import UserError
 from nanochat.engine import Completion
 from nanochat.engine.request import Times
 from nanochat.server import Settings, create_app
@@ -68,7 +67,7 @@ class FakeRequest:
 class FakeEngine:
     """reply: events, or a function from (prompt as text, sample) to them. step_seconds: how long a step sleeps.
 
-    An event None says nothing in its step, as in prefill. refuse: the sentence with which `submit` refuses.
+    An event None says nothing in its step, as in prefill. refuse: the exception that `submit` raises.
     failing_steps: how many steps raise. gate: steps wait while it is cleared.
     """
 
@@ -96,7 +95,7 @@ class FakeEngine:
 
     def submit(self, prompt, params, timeout=math.inf):
         if self.refuse:
-            raise UserError(self.refuse)
+            raise self.refuse
         text = self.tokenizer.decode(prompt)
         replies = [self.reply(text, sample) for sample in range(params.n)]
         request = FakeRequest(prompt, params, replies, time.monotonic() + timeout)

@@ -5,6 +5,8 @@ import json
 import pytest
 from fake_engine import FakeEngine, client_of
 
+from nanochat.common import UserError
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = (("text", "It is "), ("tool", "37+85", "122"), ("text", "122."), ("finish", "stop"))
@@ -316,7 +318,7 @@ def test_another_model_is_not_found(server):
 
 
 def test_what_the_engine_refuses_is_the_client_s_mistake(server):
-    found = error(post(server(refuse="the pool has 3 pages"), stream=True), 400)
+    found = error(post(server(refuse=UserError("the pool has 3 pages")), stream=True), 400)
     assert found["message"] == "the pool has 3 pages"
 
 

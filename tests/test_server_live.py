@@ -246,9 +246,9 @@ def test_a_failed_step_fails_its_requests_and_no_later_ones(caplog):
         assert is_idle(server)
 
 
-def test_an_engine_that_keeps_failing_ends_the_server():
-    engine = FakeEngine(failing_steps=1000)
-    with serving(engine) as server:
+@pytest.mark.parametrize("fault", [{"failing_steps": 1000}, {"refuse": RuntimeError("no more")}])
+def test_an_engine_that_keeps_failing_ends_the_server(fault):
+    with serving(FakeEngine(**fault)) as server:
         assert '"code":"engine_error"' in ask(server).rest()
         until(lambda: server.should_exit)
         assert server.pool.state == "failed" and "failed again" in server.pool.failure
@@ -308,7 +308,7 @@ def test_the_status_of_a_chunked_body_over_the_limit_is_413():
 
 def test_a_client_that_never_asks_is_hung_up_on(monkeypatch):
     monkeypatch.setattr("nanochat.server.serve.HEADER_SECONDS", 0.1)
-    monkeypatch.setattr("nanochat.server.app.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("nanochat.server.transport.BODY_SECONDS", 0.1)
     with serving(FakeEngine(step_seconds=0.2)) as server:
         silent = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10)
         silent.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: ")

@@ -174,7 +174,7 @@ def garble(request, dice):
 
 def test_garbled_requests_are_answered_with_a_client_error_or_not_at_all(monkeypatch):
     monkeypatch.setattr("nanochat.server.serve.HEADER_SECONDS", 0.1)
-    monkeypatch.setattr("nanochat.server.app.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("nanochat.server.transport.BODY_SECONDS", 0.1)
     body = json.dumps(HI).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

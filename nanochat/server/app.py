@@ -1,51 +1,19 @@
-"""The application: routes, and what happens between a request's body and the engine's queue."""
+"""The application: the routes, the page's files, and the guard in front of both."""
 
 import asyncio
-import logging
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
-from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic_core import from_json
-from sse_starlette.event import ServerSentEvent
-from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
-from starlette.types import Receive, Scope, Send
+from fastapi import FastAPI, Response
 
-from nanochat.engine import Engine, SamplingParams
-from nanochat.engine.request import MIN_TEMPERATURE
-from nanochat.server.answers import Answer, ChatAnswer, TextAnswer
-from nanochat.server.errors import ApiError, add_error_handlers
-from nanochat.server.job import Job
-from nanochat.server.metrics import Metrics
-from nanochat.server.schemas import (
-    ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
-    ErrorBody,
-    Health,
-    Model,
-    ModelList,
-    Sampling,
-    TextCompletion,
-)
-from nanochat.server.security import Guard, plain
-from nanochat.server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_SAMPLES, Settings
+from nanochat.engine import Engine
+from nanochat.server.api import Api
+from nanochat.server.errors import add_error_handlers
+from nanochat.server.security import Guard
+from nanochat.server.settings import Settings
 from nanochat.server.static_files import static_files
+from nanochat.server.transport import StrictRoute
 from nanochat.server.worker import Pool
-
-ERRORS = {"4XX": {"model": ErrorBody}, 503: {"model": ErrorBody}}
-EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
-    "type": "string", "description": "a chunk or an error as JSON; [DONE] at the end"}}}
-STREAM = {"text/event-stream": {"itemSchema": EVENT}}
-
-log = logging.getLogger("nanochat.server")
-AppStatus.disable_automatic_graceful_drain()  # streams end by Pool.drain, which lets them finish
 
 
 def create_app(engine_factory: Callable[[], Engine] | list[Callable[[], Engine]], settings: Settings | None = None
@@ -77,139 +45,6 @@ def create_app(engine_factory: Callable[[], Engine] | list[Callable[[], Engine]]
     return app
 
 
-class Api:
-    """The routes that need the engine."""
-
-    def __init__(self, pool: Pool, settings: Settings):
-        self.pool, self.settings = pool, settings
-        self.metrics = Metrics(pool)
-        self.started = int(time.time())
-
-    def add_to(self, app: FastAPI) -> None:
-        app.get("/health", responses=ERRORS)(self.health)
-        app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)(self.show_metrics)
-        app.get("/v1/models", responses=ERRORS)(self.models)
-        app.get("/v1/models/{model}", responses=ERRORS)(self.model)
-        for path, kind, answer in (("/v1/chat/completions", ChatCompletion, self.chat),
-                                   ("/v1/completions", TextCompletion, self.complete)):
-            app.post(path, response_model=None, responses={200: {"model": kind, "content": STREAM}, **ERRORS})(answer)
-
-    @property
-    def engine(self) -> Engine:
-        self.pool.check_ready()
-        return self.pool.engines[0]
-
-    async def health(self) -> Health:
-        """Say whether requests are served; asks for no token."""
-        self.pool.check_ready()
-        return Health(status="ok")
-
-    async def show_metrics(self) -> Response:
-        """Return counters and histograms as text for Prometheus."""
-        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-    async def models(self) -> ModelList:
-        """List the one model."""
-        engine = self.engine
-        return ModelList(object="list", data=[Model(
-            id=self.settings.model, object="model", created=self.started, owned_by="nanochat",
-            max_model_len=engine.context, tools=engine.tools, defaults=vars(self.settings.defaults))])
-
-    async def model(self, model: str) -> Model:
-        """Return the one model, when it is asked for by its name."""
-        self._check_model(model)
-        return (await self.models()).data[0]
-
-    async def chat(self, body: ChatRequest, request: Request) -> Any:
-        """Continue a conversation."""
-        messages = [{"role": "system" if message.role == "developer" else message.role, "content": message.text}
-                    for message in body.messages]
-        if messages[-1]["role"] != "user":
-            raise ApiError(400, f"the last message must be from the user, got {messages[-1]['role']}", "invalid_value",
-                           "messages")
-        tokenizer = self.engine.tokenizer
-        prompt = await asyncio.to_thread(tokenizer.render_for_completion, {"messages": messages})
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await self._answer(body, request, ChatAnswer, [prompt], body.max_completion_tokens or body.max_tokens,
-                                  logprobs)
-
-    async def complete(self, body: CompletionRequest, request: Request) -> Any:
-        """Continue texts, each as a document of its own, or token ids as they are."""
-        tokenizer = self.engine.tokenizer
-        prompts = [[tokenizer.bos_id, *await asyncio.to_thread(tokenizer.encode, prompt)]
-                   if isinstance(prompt, str) else prompt for prompt in body.prompts]
-        return await self._answer(body, request, TextAnswer, prompts, body.max_tokens, body.logprobs)
-
-    async def _answer(self, body: Sampling, request: Request, kind: type[Answer], prompts: list[list[int]],
-                      max_tokens: int | None, logprobs: int | None) -> Any:
-        if body.model is not None:
-            self._check_model(body.model)
-        if len(prompts) * (body.n or 1) > MAX_SAMPLES:
-            raise ApiError(400, f"prompts times n must be at most {MAX_SAMPLES}, got {len(prompts) * body.n}",
-                           "invalid_value", "n")
-        params = self._params(body, max(map(len, prompts)), max_tokens, logprobs)
-        job = Job(prompts, params, self.settings.buffer_bytes)
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = kind(job, self.engine.tokenizer, self.settings.model, usage)
-        stream = None
-        try:
-            self.pool.submit(job)
-            await or_disconnect(request, self._admitted(job))
-            if body.stream:
-                stream = JobStream(answer.chunks(), lambda: self._close(job), self.settings)
-                return stream
-            return JSONResponse(await or_disconnect(request, answer.whole()))
-        except ApiError as error:
-            job.fail(error)
-            raise
-        finally:
-            if stream is None:
-                self._close(job)
-
-    def _check_model(self, name: str) -> None:
-        if name != self.settings.model:
-            raise ApiError(404, f"model must be {self.settings.model}, got {plain(name[:60])}", "model_not_found",
-                           "model")
-
-    async def _admitted(self, job: Job) -> None:
-        """Wait in the queue; raises ApiError when that takes too long."""
-        try:
-            await asyncio.wait_for(job.wait_admitted(), self.settings.queue_timeout)
-        except TimeoutError:
-            raise ApiError(503, f"the request waited {self.settings.queue_timeout:g} s for the engine: try again later",
-                           "queue_timeout") from None
-
-    def _close(self, job: Job) -> None:
-        """Let go of a job that is done, failed or abandoned; count it and log it, what was said only if asked to."""
-        if not job.done:
-            job.fail(ApiError(499, "the client has left", "disconnected"))
-        self.pool.cancel(job)
-        self.metrics.observe(job)
-        said = [(c.finish_reason, c.completion_tokens, *([c.text] if self.settings.log_text else []))
-                for c in job.completions]
-        tokenizer = self.pool.engines[0].tokenizer
-        asked = [tokenizer.decode(p) if self.settings.log_text else len(p) for p in job.prompts]
-        log.info("%s", plain(f"{asked} -> {said or job.error}"))
-
-    def _params(self, body: Sampling, prompt: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Return how to sample, after checking that the longest prompt and its answer fit the context."""
-        defaults, context = self.settings.defaults, self.engine.context
-        wanted = max_tokens or max(min(defaults.max_tokens, context - prompt), 1)
-        if prompt + wanted > context:
-            raise ApiError(400, f"prompt and answer must fit the context of {context} tokens, got {prompt} for the "
-                                f"prompt and {wanted} for the answer", "context_length_exceeded", "messages")
-
-        def given(name: str) -> float:
-            value = getattr(body, name)
-            return getattr(defaults, name) if value is None else value
-
-        temperature = given("temperature")
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        return SamplingParams(wanted, temperature if temperature >= MIN_TEMPERATURE else 0.0, given("top_k") or None,
-                              secrets.randbelow(2**32) if body.seed is None else body.seed, body.n or 1,
-                              given("top_p"), given("min_p"), tuple(stop), (), logprobs, bool(body.ignore_eos))
-
-
 def add_pages(app: FastAPI, files: dict[str, tuple[bytes, str]]) -> None:
     """Serve the chat page and what belongs to it, from memory."""
     def route(content: bytes, media_type: str) -> Callable:
@@ -219,76 +54,3 @@ def add_pages(app: FastAPI, files: dict[str, tuple[bytes, str]]) -> None:
 
     for path, (content, media_type) in files.items():
         app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(route(content, media_type))
-
-
-class StrictRequest(Request):
-    """Reads no more than a body may have, and only JSON that means the same to everybody."""
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            announced = self.headers.get("content-length", "0")
-            body, most = bytearray(), int(announced) if announced.isdecimal() else 0
-            try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    while most <= MAX_BODY_BYTES:
-                        message = await self.receive()
-                        body += message.get("body", b"")
-                        most = max(most, len(body))
-                        if not message.get("more_body"):
-                            break
-            except TimeoutError:
-                raise ApiError(408, f"a request body must arrive within {BODY_SECONDS:g} s", "timeout") from None
-            if most > MAX_BODY_BYTES:
-                raise ApiError(413, f"a request body must have at most {MAX_BODY_BYTES} bytes", "body_too_large")
-            self._body = bytes(body)
-        return self._body
-
-    async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise ApiError(400, f"the request body must be JSON in UTF-8: {error}", "invalid_json") from None
-
-
-class StrictRoute(APIRoute):
-    def get_route_handler(self) -> Callable:
-        handle = super().get_route_handler()
-
-        async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-        return handle_strictly
-
-
-class JobStream(EventSourceResponse):
-    """Streams an answer, with pings in its silences; calls `close` at the end, which may come before the beginning."""
-
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None], settings: Settings):
-        super().__init__(chunks, ping=settings.ping, send_timeout=settings.send_timeout,
-                         ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"))
-        self.close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.info("a client did not read its answer")
-        finally:
-            self.close()
-
-
-async def or_disconnect(request: Request, work: Awaitable) -> Any:
-    """Return what `work` gives; when the client leaves first, cancel it and raise ApiError."""
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        raise ApiError(499, "the client has left", "disconnected")
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
