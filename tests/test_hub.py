@@ -72,7 +72,7 @@ def test_a_fault_that_stays_leaves_no_file_and_ends_with_a_sentence(server, faul
 
 
 def test_a_cut_transfer_goes_on_where_it_stopped(server):
-    server.faults.extend(["cut at 50", "500", "cut at 50"])
+    server.faults.extend(["cut at 50", "500", "cut without length"])
     assert hub.fetch(REPO, "file.bin").read_bytes() == DATA
     assert [asked for _, asked in server.gets] == ["", "bytes=50000-", "bytes=50000-", "bytes=75000-"]
 

@@ -52,7 +52,7 @@ def test_bundle_is_unpacked_once_and_described(server, own_base_dir):
 
 
 @pytest.mark.parametrize("faults, n_gets", [(["cut at 50"], 2), (["reset at 99", "html"], 3), (["wrong bytes"], 2),
-                                            (["500", "chunked cut"], 3)])
+                                            (["500", "chunked cut"], 3), (["too long"], 2)])
 def test_faults_leave_no_bundle_or_a_whole_one(server, faults, n_gets):
     server.faults.extend(faults)
     assert contents(hub.fetch_bundle(server.bundle)) == UNPACKED
