@@ -1,11 +1,15 @@
 """The server's JSON, with an engine that says what it is told: OpenAI's shapes, streams, extras, and refusals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from fake_engine import FakeEngine, client_of
 
 from nanochat.common import UserError
+from nanochat.engine import Completion, SamplingParams
+from nanochat.engine.request import Times
+from nanochat.server.answers import timings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -152,6 +156,22 @@ def test_log_probabilities(server):
     assert logprobs["top_logprobs"][0] == {"A": -0.5, "B": -1.5}
     assert engine_of(client).submitted[0].params.logprobs == 2
     assert post(client).json()["choices"][0]["logprobs"] is None
+
+
+def test_timings_are_exact():
+    def sample(started, first_token, done, tokens, cached):
+        return Completion([0] * tokens, [], [], "stop", "", [], prompt_tokens=10, cached_tokens=cached,
+                          times=Times(0.5, started, first_token, done))
+
+    job = SimpleNamespace(queued=0.0, params=SamplingParams(n=2), choices=4, completions=[
+        sample(1.0, 2.0, 4.0, 5, 4), sample(1.0, 2.5, 6.0, 9, 4), sample(3.0, 3.5, 5.0, 2, 0),
+        sample(3.0, None, 5.0, 0, 0)])
+    assert timings(job) == {
+        "cache_n": 4, "prompt_n": 16, "prompt_ms": 1000.0, "prompt_per_second": 16.0,
+        "predicted_n": 16, "predicted_ms": 4000.0, "predicted_per_second": 3.25,  # 13 after each choice's first
+        "queue_ms": 1000.0, "time_to_first_token_ms": 2000.0}
+    job.completions, job.choices = [sample(None, None, 1.0, 0, 0)] * 2, 2  # no room for a token
+    assert timings(job)["predicted_per_second"] == 0.0 and timings(job)["queue_ms"] == 1000.0
 
 
 def test_events_are_ascii(server):

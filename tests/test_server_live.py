@@ -146,15 +146,15 @@ def test_silence_is_filled_with_pings():
 def test_many_streams_at_once_each_get_their_own_text():
     def reply(prompt, sample):
         name = prompt[prompt.index("user-"):][:8]
-        return (*(("text", f"{name}:{i} ") for i in range(20)), ("finish", "stop"))
+        return (*(("text", f"{name}:{i} ") for i in range(10)), ("finish", "stop"))
 
-    with serving(FakeEngine(reply, step_seconds=0.001, max_batch=16)) as server:
+    with serving(FakeEngine(reply, step_seconds=0.02, max_batch=64)) as server:
         clients = [ask(server, messages=[{"role": "user", "content": f"user-{i:03}"}]) for i in range(48)]
         for i, client in enumerate(clients):
             deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in client.rest().splitlines()
                       if line.startswith("data: {")]
             assert "".join(delta.get("content", "") for delta in deltas) == "".join(
-                f"user-{i:03}:{k} " for k in range(20))
+                f"user-{i:03}:{k} " for k in range(10))
 
 
 # --- the queue ------------------------------------------------------------------------------------
@@ -186,10 +186,11 @@ def test_waiting_has_an_end():
 
 
 def test_two_engines_share_one_queue():
-    engines = [FakeEngine(lambda *_: endless(("text", "x")), step_seconds=0.01, max_batch=2) for _ in range(2)]
+    engines = [FakeEngine(lambda *_: endless(("text", "x")), step_seconds=0.01, max_batch=3) for _ in range(2)]
     with serving(*engines) as server:
         clients = [ask(server).read_until("content") for _ in range(4)]
         assert [len(engine.requests) for engine in engines] == [2, 2]
+        clients += [ask(server).read_until("content") for _ in range(2)]
         waiting = ask(server)
         until(lambda: server.pool.waiting == 1)
         clients.pop().leave()

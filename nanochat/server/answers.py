@@ -220,7 +220,7 @@ def timings(job: Job) -> dict:
     first = min((time.first_token for time in times if time.first_token), default=done)
     prompt_n = sum(c.prompt_tokens - c.cached_tokens for c in prompts)
     predicted_n = sum(c.completion_tokens for c in job.completions)
-    later = max(predicted_n - job.choices, 0)
+    later = sum(max(c.completion_tokens - 1, 0) for c in job.completions)
     return {"cache_n": sum(c.cached_tokens for c in prompts),
             "prompt_n": prompt_n, "prompt_ms": _ms(first - started),
             "prompt_per_second": _rate(prompt_n, first - started),
