@@ -132,10 +132,13 @@ def _in_context(args: argparse.Namespace, bundle: Bundle, scorer, tokenizer, run
 
 def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer, state: dict) -> dict[str, float]:
     """Bits per byte of both splits, and of a unigram fitted on the training tokens, by name."""
-    dataset = open_dataset(args.data or state["args"]["data"])
+    source = args.data or state["args"].get("data")
+    if source is None:
+        raise UserError("--data must name the text to measure on, an imported model does not know its own")
+    dataset = open_dataset(source)
     B, T, token_bytes = args.device_batch_size, model.config.sequence_len, tokenizer.token_bytes()
     per_batch = B * T * runtime.world_size
-    step_tokens = state["args"]["total_batch_size"]
+    step_tokens = state["args"].get("total_batch_size", 1 << 19)  # nanochat's, for an imported model
     n_batches = max(1, (args.eval_tokens or EVAL_STEPS * step_tokens) // per_batch)
 
     def loader(split: str) -> PretrainLoader:
@@ -158,7 +161,7 @@ def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer,
 
     found = {"training bpb": bpb("train"), "validation bpb": bpb("val")}
     if args.unigram_tokens > 0:
-        fitted = min(args.unigram_tokens, state["step"] * step_tokens)
+        fitted = min(args.unigram_tokens, state["step"] * step_tokens or args.unigram_tokens)
         unigram = unigram_bpb(counts("train", -(-fitted // per_batch)), counts("val", n_batches), token_bytes)
         found["unigram validation bpb"] = unigram
         found["below unigram %"] = 100 * (1 - found["validation bpb"] / unigram)

@@ -17,13 +17,14 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import run_script
+from nanochat.dataset import prepare
 from nanochat.engine import Engine, SamplingParams
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_import import read_tokenizer
 from nanochat.load import load_model, read_stage, stage_folder
 from nanochat.report import Report
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
-from scripts import export_hf, import_hf
+from scripts import base_eval, export_hf, import_hf
 
 TEXTS = ["the cat sat on the mat, and that's that.\n\n12+30 is 42; it is the 3rd line <|of|> 5 < 6 |> 7. " * 2,
          "한국어 🙂"]
@@ -169,6 +170,27 @@ def test_an_export_comes_back_bit_equal(exported, own_base_dir, monkeypatch, nam
     assert state["model_config"] == before["model_config"] and tokenizer.fingerprint == own.fingerprint
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[n], tensors[n]) and back[n].dtype == tensors[n].dtype for n in tensors)
+
+
+def test_an_imported_base_model_is_evaluated_like_its_original(exported, own_base_dir, monkeypatch, capsys):
+    base, folder, stage = exported["trained"]
+    flags = ["--eval", "bpb", "--device", "cpu", "--device-batch-size", "1", "--eval-tokens", "128",
+             "--unigram-tokens", "256"]
+
+    def measured(*more):
+        capsys.readouterr()
+        run_script(lambda: base_eval.parse_args([*flags, *more]), base_eval.main)
+        return [line for line in capsys.readouterr().out.splitlines() if "bpb: " in line]
+
+    take_in(folder, "--stage", stage)
+    with pytest.raises(SystemExit):
+        measured()
+    assert "--data must name the text to measure on" in capsys.readouterr().err
+    texts = str(base.parent / "texts")
+    prepare(texts)
+    imported = measured("--data", texts)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    assert imported == measured() and len(imported) == 3
 
 
 def test_bfloat16_is_rounded_once_and_stays(exported, own_base_dir, tmp_path, monkeypatch):
