@@ -154,9 +154,9 @@ def test_graphs_are_captured_once_largest_first_in_one_pool_and_replayed(make, r
     prompts = [PROMPTS[0], PROMPTS[5]]  # then top-k and top-p would be searched through in the interpreter
     params = [SamplingParams(max_tokens=4, seed=5), dataclasses.replace(GREEDY, max_tokens=3, n=2)]
     expected = said(make(model=random_model(n_layer=1, n_head=1, n_embd=32), graphs=False).generate(prompts, params))
-    engine = make(model=triton_model(), max_batch=3, graphs=True)
-    assert [len(graph.recorder.calls) > 20 for graph in recorded] == [True] * 3
-    assert list(engine.runner._captured) == [3, 2, 1] and {graph.pool for graph in recorded} == {"A"}
+    engine = make(model=triton_model(), max_batch=2, graphs=True)
+    assert [len(graph.recorder.calls) > 20 for graph in recorded] == [True] * 2
+    assert list(engine.runner._captured) == [2, 1] and {graph.pool for graph in recorded} == {"A"}
     held = [tensor for tensor in (*engine.model.state_dict().values(), *engine.cache.k, *engine.cache.v,
                                   engine.runner._tables)]
     before = [tensor.data_ptr() for tensor in held]
@@ -164,7 +164,7 @@ def test_graphs_are_captured_once_largest_first_in_one_pool_and_replayed(make, r
     assert said(engine.generate(prompts, params)) == expected
     engine.sync_weights({name: tensor.clone() for name, tensor in engine.model.state_dict().items()})
     assert said(engine.generate(prompts[1:], params[1:])) == expected[1:]
-    assert [tensor.data_ptr() for tensor in held] == before and len(recorded) == 3
+    assert [tensor.data_ptr() for tensor in held] == before and len(recorded) == 2
     assert sum(graph.replays for graph in recorded) > 2
     assert_idle(engine)
 
@@ -329,7 +329,7 @@ def test_nan_in_fp8_pages_ends_its_own_request(make):
 # --- batch invariance -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_batch_invariant_logits_are_equal_to_the_last_bit(make, dtype):
     model = random_model(dtype)
     prompts = [prompt_of(9, seed) for seed in range(5)]
