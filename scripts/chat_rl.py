@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
 
     schedule = Schedule(_num_steps(args, len(train_task)), warmdown=1.0, momentum_steps=0)
     identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
-                "task": args.task, "problems": len(train_task), **rollout_identity(settings)}
+                "task": train_task.name, "problems": len(train_task), **rollout_identity(settings)}
     trainer = make_trainer("rl", model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
     finished = trainer.restore(args.resume)
     batches = RolloutBatches(train_task, engine, settings, args.device_batch_size, runtime, trainer.data_state)

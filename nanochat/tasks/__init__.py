@@ -13,6 +13,7 @@ from nanochat.tasks.mmlu import MMLU
 from nanochat.tasks.smoltalk import SmolTalk
 from nanochat.tasks.spelling import Spelling
 
+# TASKS are generated, STORED_TASKS come from the hub.
 TASKS = {task.name: task for task in (Arithmetic, Sums, HardArithmetic, Spelling, Identity, MultipleChoice)}
 STORED_TASKS = {task.name: task for task in (SmolTalk, MMLU, ARCEasy, ARCChallenge, GSM8K, HumanEval)}
 # What the mean over all generated tasks counts; sums are a part of arithmetic already.
