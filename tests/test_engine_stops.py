@@ -213,6 +213,29 @@ def test_a_token_comes_with_its_text_and_not_at_all_behind_a_stop(make):
                                        ("text", "."), ("token", ord("x")), ("text", "x"), ("finish", "stop")]
 
 
+def test_events_keep_their_places_around_text_that_is_held_back(make):
+    engine = make()
+    says(engine, "a.", 10, end=False)
+    engine.model.script |= tool_script(engine.tokenizer, 12, "3+85")
+    params = SamplingParams(2 + 6 + 2, 0.0, stop=(".x!", "!"), logprobs=0)  # ends inside the forced answer
+    events = [event for _, event in engine.events(engine.submit(prompt_of(10), params))]
+    assert [e[:2] for e in events] == [("token", ord("a")), ("text", "a"), ("token", ord(".")), ("text", "."),
+                                       ("tool", "3+85"), ("finish", "length")]
+    says(engine, "!", 22)
+    params = dataclasses.replace(params, max_tokens=20, logprobs=None)
+    events = [event for _, event in engine.events(engine.submit(prompt_of(10), params))]
+    assert events == [("text", "a"), ("text", "."), ("tool", "3+85", "88"), ("finish", "stop")]  # the stop is behind it
+
+
+def test_a_token_of_several_characters_stands_before_what_is_given_of_it():
+    coder = Tokenizer.train(["xyz"] * 9, VOCAB + 2)
+    transcript = Transcript(coder, ("zz",))
+    for token in coder.encode("xyzw"):
+        transcript.push(token, (token,))
+    kinds = [event[0] if event[0] == "token" else event[1] for event in transcript.events]
+    assert kinds == ["token", "xy", "z", "token", "w"]
+
+
 def test_events_tell_all_samples_apart_and_each_comes_once(make):
     engine, params = make(), SamplingParams(12, 1.0, n=3)
     request = engine.submit(prompt_of(10), params)

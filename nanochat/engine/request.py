@@ -197,8 +197,8 @@ class Row:
         self.logprobs.append(logprob)
         self.best.append(best)
         self.mask.append(mask)
-        wanted = mask and self.request.params.logprobs is not None
-        return self.transcript.push(token, (token, logprob, best) if wanted else ())
+        details = () if self.request.params.logprobs is None else (token, logprob, best)
+        return self.transcript.push(token, details)
 
 
 @dataclass(eq=False)

@@ -102,8 +102,9 @@ class Transcript:
         found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             _, cut, self.stopped_by = min(found)  # what ends first, however the text is cut into tokens
-            self._held = self._held[:cut]
-            self._later = deque(item for item in self._later if item[0] < self._given + cut)
+            self._held, end = self._held[:cut], self._given + cut
+            self._later = deque((at, event) for at, event in self._later
+                                if at < end or (at == end and event[0] == "tool"))  # a token at the end begins the stop
             self._give(cut)
         else:
             self._give(len(self._held) - self._tail())
