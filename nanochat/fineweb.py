@@ -35,6 +35,10 @@ def prepare(shards: int | None, *, workers: int = 8, skip_corrupt: bool = False)
         with ThreadPoolExecutor(workers) as pool:
             corrupt = dict(zip(names, pool.map(corrupt_row_groups, paths), strict=True))
         known = download.read_manifest(folder())
+        for path in paths:  # only what came so may be passed over: what was damaged here can come again
+            if corrupt[path.name] and download.sha256(path) != known[path.name]["sha256"]:
+                raise UserError(f"{path} must have the sha256 of its manifest, it has another: delete it and prepare "
+                                "the data again")
         download.enter(folder(), {name: known[name] | {"corrupt": groups} for name, groups in corrupt.items()})
     return opened(shards)
 
@@ -44,16 +48,18 @@ def opened(shards: int | None) -> dict:
     validation shard. UserError when one of them is missing or has no text.
     """
     known = download.read_manifest(folder())
-    wanted = _names(shards or 1)
+    wanted = _names(1 if shards is None else shards)
     while shards is None and (name := f"shard_{len(wanted) - 1:05d}.parquet") in known and name != VAL_SHARD:
         wanted.append(name)
-    missing = [name for name in wanted if name not in known or not (folder() / name).is_file()]
+    paths = {name: folder() / name for name in wanted}
+    missing = [name for name, path in paths.items() if name not in known or not path.is_file()
+               or path.stat().st_size != known[name]["bytes"]]
     if missing:
         more = f" and {len(missing) - 1:,} more are" if len(missing) > 1 else " is"
         raise UserError(f"data {NAME} must have {len(wanted) - 1} training shards and {VAL_SHARD}, {missing[0]}{more} "
-                        f"missing, run python -m scripts.dataset --data {NAME} --shards {len(wanted) - 1}")
-    for name in wanted:
-        with open_parquet(folder() / name):  # has a column text
+                        f"missing or cut, run python -m scripts.dataset --data {NAME} --shards {len(wanted) - 1}")
+    for path in paths.values():
+        with open_parquet(path):  # has a column text
             pass
     files = {name: {key: known[name][key] for key in _ENTRY if key in known[name]} for name in sorted(wanted)}
     return {"name": NAME, "val": VAL_SHARD, "files": files}

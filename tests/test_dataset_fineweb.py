@@ -70,7 +70,7 @@ def test_training_demands_its_shards_and_a_tokenizer_takes_what_is_there(server,
     hub.fetch_all([(fineweb.REPO, name_of(3))])  # as when shards 1 and 2 are still under way
     assert refused(open_dataset, "fineweb-edu", shards=4) == (
         "data fineweb-edu must have 4 training shards and shard_01822.parquet, shard_00001.parquet and 1 more are "
-        "missing, run python -m scripts.dataset --data fineweb-edu --shards 4")
+        "missing or cut, run python -m scripts.dataset --data fineweb-edu --shards 4")
     assert [path.name for path in open_dataset("fineweb-edu").train] == [name_of(0)]
     tok_train.main(tok_train.parse_args(["--data", "fineweb-edu", "--vocab-size", "270"]))
     assert "on 40 documents" in capsys.readouterr().out
@@ -79,8 +79,8 @@ def test_training_demands_its_shards_and_a_tokenizer_takes_what_is_there(server,
 def test_without_the_validation_shard_nothing_opens(server):
     hub.fetch_all([(fineweb.REPO, name_of(0))])
     assert refused(open_dataset, "fineweb-edu") == (
-        "data fineweb-edu must have 1 training shards and shard_01822.parquet, shard_01822.parquet is missing, run "
-        "python -m scripts.dataset --data fineweb-edu --shards 1")
+        "data fineweb-edu must have 1 training shards and shard_01822.parquet, shard_01822.parquet is missing or cut, "
+        "run python -m scripts.dataset --data fineweb-edu --shards 1")
 
 
 def test_unprepared_fineweb_names_the_command():
@@ -110,7 +110,7 @@ def test_a_shard_that_was_cut_or_deleted_is_named_and_fetched_again(server):
     dataset = prepare("fineweb-edu", shards=1)
     whole = dataset.train[0].read_bytes()
     dataset.train[0].write_bytes(whole[:-1])
-    assert "is not a whole parquet file" in refused(open_dataset, "fineweb-edu")
+    assert "shard_00000.parquet is missing or cut, run " in refused(open_dataset, "fineweb-edu")
     prepare("fineweb-edu", shards=1)
     dataset.train[0].unlink()
     assert "shard_00000.parquet is missing" in refused(open_dataset, "fineweb-edu")
@@ -137,15 +137,18 @@ def test_a_shard_without_text_is_refused_by_name(server, data, sentence):
 ])
 def test_shards_and_characters_belong_to_their_sources(wrong, sentence):
     assert refused(prepare, **wrong) == sentence
-    if "max_chars" not in wrong and wrong["shards"]:
+    if "max_chars" not in wrong:
         assert refused(open_dataset, **wrong) == sentence
 
 
 # --- corrupt row groups -----------------------------------------------------------------------------
 
 
+CHECKED = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": False}
+
+
 def corrupted(texts, group):
-    data = bytearray(shard_bytes(texts, compression="zstd", write_page_checksum=True, use_dictionary=False))
+    data = bytearray(shard_bytes(texts, **CHECKED))
     column = pq.ParquetFile(io.BytesIO(bytes(data))).metadata.row_group(group).column(0)
     data[column.data_page_offset + column.total_compressed_size - 5] ^= 1
     return bytes(data)
@@ -178,6 +181,16 @@ def test_all_ranks_agree_on_what_is_skipped(server):
     alone = rows(0, 1, 12)
     assert [rows(0, 2, 6), rows(1, 2, 6)] == [alone[0::2], alone[1::2]]
     assert len(Documents(open_dataset("fineweb-edu"), "train")) == 30
+
+
+def test_what_was_damaged_after_it_came_is_not_skipped_but_fetched_again(server):
+    server.serve(fineweb.REPO, name_of(0), shard_bytes(texts_of(0), **CHECKED))
+    path, = prepare("fineweb-edu", shards=1).train
+    path.write_bytes(corrupted(texts_of(0), 1))
+    assert refused(prepare, "fineweb-edu", shards=1, skip_corrupt=True) == (
+        f"{path} must have the sha256 of its manifest, it has another: delete it and prepare the data again")
+    path.unlink()
+    assert len(Documents(prepare("fineweb-edu", shards=1, skip_corrupt=True), "train")) == 40
 
 
 def test_nulls_in_a_shard_are_empty_documents(server):
