@@ -207,7 +207,7 @@ def test_logs_carry_no_text_unless_asked(caplog):
 def test_nobody_forges_a_log_line(caplog):
     with caplog.at_level(logging.INFO), client_of(FakeEngine()) as client:
         client.get("/x%0d%0a2026-01-01 GET /health 200%1b[2J")
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "nanochat.server"]
+    *_, line = [record.getMessage() for record in caplog.records if record.name == "nanochat.server"]
     assert line.startswith("GET /x\\r\\n2026-01-01 GET /health 200\\x1b[2J 404 ")
     assert plain("a\r\n\x1b\u2028\ud800é") == "a\\r\\n\\x1b\\u2028\\ud800\\xe9"
 

@@ -25,7 +25,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish. Raises UserError when the engine gives up."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("nanochat.server").setLevel(logging.INFO)
     server = Server(app)
     server.run(sockets=[listener])
     if app.state.pool.failure:

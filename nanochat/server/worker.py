@@ -122,6 +122,7 @@ class Pool:
     def loaded(self) -> None:
         if len(self.engines) == len(self.workers) and self.state == "loading":
             self.state = "ready"
+            log.info("the model is loaded")
 
     def fail(self, sentence: str) -> None:
         self.state, self.failure = "failed", sentence
