@@ -363,7 +363,8 @@ def test_without_a_manifest_of_this_version_files_are_looked_at_and_kept(server,
 def test_a_damaged_file_is_fetched_again_when_its_size_or_manifest_tells(server, damage):
     hub.fetch(REPO, "file.bin")
     target().write_bytes(damage)
-    (hub.repo_folder(REPO) / "manifest.json").unlink()
+    if len(damage) == len(DATA):
+        (hub.repo_folder(REPO) / "manifest.json").unlink()
     assert hub.fetch(REPO, "file.bin").read_bytes() == DATA
 
 
