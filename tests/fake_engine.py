@@ -138,6 +138,7 @@ def client_of(engine, **settings):
     with TestClient(app, base_url="http://localhost") as client:
         until(lambda: app.state.pool.state != "loading")
         yield client
+    assert_ended(app)
 
 
 @contextmanager
@@ -154,6 +155,11 @@ def live(app, loaded=True):
         finally:
             server.stop()
             thread.join()
+    assert_ended(app)
+
+
+def assert_ended(app):
+    assert not [worker for worker in app.state.pool.workers if worker.is_alive()]
 
 
 def until(condition, seconds=10.0):

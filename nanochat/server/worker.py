@@ -257,7 +257,8 @@ class Worker(threading.Thread):
     def _deliver(self, news: list[tuple[Job, list[Event], list[Completion]]]) -> None:
         if news:
             self.ahead.acquire()
-            self.stopping |= not self.pool.call(self._delivered, news)
+            if not self.pool.call(self._delivered, news):
+                self.stopping = True  # never back to False: another thread may have said so in between
 
     # --- in the event loop ---
 
