@@ -1,8 +1,12 @@
 """The programs that evaluate models, run whole on an untrained one-layer model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from nanochat.common import UserError
 from nanochat.evals.chat import CHAT_CORE_TASKS, run_chat_eval
 from nanochat.tasks import TASKS, make_task
 from scripts import base_eval, chat_eval
+
+ROOT = Path(chat_eval.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,8 @@ def trained(tmp_path_factory):
     config = GPTConfig(sequence_len=160, vocab_size=300, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     kernels = resolve(KernelConfig.parse("eager"), torch.device("cpu"), torch.float32, config.shapes())
     model = GPT.build(config, kernels, torch.float32, torch.device("cpu"), seed=1)
+    for p in model.parameters():  # initial logits are all alike
+        torch.nn.init.normal_(p, std=0.3)
     for stage in ("base", "sft"):
         state = {"stage": stage, "step": 2, "n_steps": 2, "model_config": asdict(config),
                  "tokenizer_fingerprint": tokenizer.fingerprint, "kernels": kernels.names,
@@ -164,6 +172,31 @@ def test_responses_are_saved_to_a_new_file(base, tmp_path):
     assert len(rows) == 7 * 4 and {len(row["nats"]) for row in rows if row["task"] == "repeat_choice"} == {4}
     with pytest.raises(UserError, match="^--save-responses must name a new file, "):
         run(base_eval, "--eval", "bundle", "--save-responses", str(answers))
+
+
+@pytest.mark.slow  # two processes import torch
+@pytest.mark.parametrize("words", ["chat_eval -i sft -a arithmetic|choice -x 7 -n 2 -t 1 -m 6",
+                                   "base_eval --eval bundle --max-per-task 5"])
+def test_two_ranks_find_what_one_finds(base, tmp_path, words):
+    name, *flags = [*words.split(), "--device", "cpu", "--kernels", "eager", "--save-responses"]
+
+    def results(log):
+        scores = [read(path) for path in sorted((base / "report").glob("scores_*.json"))]
+        shutil.rmtree(base / "report")
+        return scores, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+    program = {"chat_eval": chat_eval, "base_eval": base_eval}[name]
+    program.main(program.parse_args([*flags, str(tmp_path / "1.jsonl")]))
+    alone, alone_rows = results(tmp_path / "1.jsonl")
+    launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                               "-m", f"scripts.{name}", *flags, str(tmp_path / "2.jsonl")], cwd=ROOT, text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert launched.returncode == 0, launched.stderr
+    shared, shared_rows = results(tmp_path / "2.jsonl")
+    assert alone == shared and len(alone_rows) in (14, 35)
+    for mine, other in zip(alone_rows, shared_rows, strict=True):
+        assert mine.pop("nats", 0) == pytest.approx(other.pop("nats", 0), rel=1e-5)
+        assert mine == other
 
 
 @pytest.mark.parametrize(("program", "argv", "message"), [
