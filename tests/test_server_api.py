@@ -31,6 +31,13 @@ def server():
         client.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="module")
+def hello():
+    """A client of a server that says Hello to everything."""
+    with client_of(FakeEngine()) as client:
+        yield client
+
+
 def engine_of(client):
     return client.app.state.pool.engines[0]
 
@@ -64,8 +71,8 @@ def error(response, status, code=None):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def test_a_whole_chat_answer(server):
-    answer = post(server(), n=2, seed=5).json()
+def test_a_whole_chat_answer(hello):
+    answer = post(hello, n=2, seed=5).json()
     assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
     assert answer["model"] == "nanochat" and answer["seed"] == 5
     message = {"role": "assistant", "content": "Hello", "refusal": None, "tool_trace": []}
@@ -77,8 +84,8 @@ def test_a_whole_chat_answer(server):
     assert answer["timings"]["predicted_n"] == 4 and answer["timings"]["prompt_n"] == prompt
 
 
-def test_a_streamed_chat_answer(server):
-    first, *middle, last = chunks(server(), seed=5)
+def test_a_streamed_chat_answer(hello):
+    first, *middle, last = chunks(hello, seed=5)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""} and first["seed"] == 5
     assert [chunk["choices"][0]["delta"] for chunk in middle] == [{"content": "Hel"}, {"content": "lo"}]
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in (first, *middle))
@@ -100,8 +107,8 @@ def test_streamed_choices_carry_their_index(server):
         assert {i: "".join(pieces) for i, pieces in said.items()} == {0: "0!", 1: "1!", 2: "2!"}
 
 
-def test_usage_comes_in_a_chunk_of_its_own(server):
-    *others, last = chunks(server(), stream_options={"include_usage": True})
+def test_usage_comes_in_a_chunk_of_its_own(hello):
+    *others, last = chunks(hello, stream_options={"include_usage": True})
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 2 and "timings" in last
     assert all(chunk["usage"] is None and "timings" not in chunk for chunk in others)
 
@@ -232,12 +239,12 @@ def test_defaults_are_the_server_s_and_seeds_are_random(server):
     assert engine_of(client).submitted[-1].params.max_tokens == 1024 - 904  # as far as the context has room
 
 
-def test_harmless_unknown_fields_are_ignored(server):
+def test_harmless_unknown_fields_are_ignored(hello):
     unknown = dict(user="u", metadata={"a": 1}, parallel_tool_calls=True, store=False, what=[[1]])
-    assert post(server(), **unknown).status_code == 200
+    assert post(hello, **unknown).status_code == 200
     neutral = dict(tools=[], tool_choice="none", response_format={"type": "text"}, frequency_penalty=0.0, logit_bias={},
                    presence_penalty=0, modalities=["text"], logprobs=False, stop=None)
-    assert post(server(), **neutral).status_code == 200
+    assert post(hello, **neutral).status_code == 200
 
 
 @pytest.mark.parametrize("field", [
@@ -246,14 +253,14 @@ def test_harmless_unknown_fields_are_ignored(server):
     {"repetition_penalty": 1.1}, {"logit_bias": {"50256": -100}}, {"modalities": ["audio"]}, {"audio": {"voice": "x"}},
     {"web_search_options": {}},
 ])
-def test_fields_that_would_change_the_answer_are_refused(server, field):
+def test_fields_that_would_change_the_answer_are_refused(hello, field):
     (name,) = field
-    assert name in error(post(server(), **field), 400, "invalid_value")["param"]
+    assert name in error(post(hello, **field), 400, "invalid_value")["param"]
 
 
 @pytest.mark.parametrize("field", [{"echo": True}, {"best_of": 2}, {"suffix": "x"}, {"logit_bias": {"1": 1}}])
-def test_completion_fields_that_would_change_the_answer_are_refused(server, field):
-    error(post(server(), TEXT, **field), 400, "invalid_value")
+def test_completion_fields_that_would_change_the_answer_are_refused(hello, field):
+    error(post(hello, TEXT, **field), 400, "invalid_value")
 
 
 def test_models_health_and_the_schema(server):
@@ -304,8 +311,8 @@ def test_metrics_count(server):
      "messages.0.content.0.type"),
     ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages.0.content.0"),
 ])
-def test_values_outside_their_range_are_named(server, body, param):
-    found = error(post(server(), **body), 400, "invalid_value")
+def test_values_outside_their_range_are_named(hello, body, param):
+    found = error(post(hello, **body), 400, "invalid_value")
     assert found["param"] == param and found["message"].startswith(f"{param}: ")
     assert found["type"] == "invalid_request_error"
 
@@ -313,8 +320,8 @@ def test_values_outside_their_range_are_named(server, body, param):
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "assistant"], ["user", "user"], ["system"],
                                    ["user", "system", "user"], ["system", "system", "user"],
                                    ["assistant", "user"], ["system", "assistant", "user"]])
-def test_turns_out_of_order_are_refused(server, roles):
-    error(post(server(), messages=[{"role": role, "content": "x"} for role in roles]), 400, "invalid_value")
+def test_turns_out_of_order_are_refused(hello, roles):
+    error(post(hello, messages=[{"role": role, "content": "x"} for role in roles]), 400, "invalid_value")
 
 
 def test_what_does_not_fit_the_context_is_refused_with_numbers(server):
@@ -327,14 +334,14 @@ def test_what_does_not_fit_the_context_is_refused_with_numbers(server):
     error(post(client, TEXT, prompt=["a", "x" * 100], max_tokens=1), 400, "context_length_exceeded")
 
 
-def test_more_choices_than_allowed_are_refused(server):
-    error(post(server(), TEXT, prompt=["a"] * 5, n=4), 400, "invalid_value")
-    assert post(server(), TEXT, prompt=["a"] * 4, n=4).status_code == 200
+def test_more_choices_than_allowed_are_refused(hello):
+    error(post(hello, TEXT, prompt=["a"] * 5, n=4), 400, "invalid_value")
+    assert post(hello, TEXT, prompt=["a"] * 4, n=4).status_code == 200
 
 
-def test_another_model_is_not_found(server):
-    assert error(post(server(), model="gpt-4"), 404, "model_not_found")["param"] == "model"
-    assert post(server(), model="nanochat").status_code == 200
+def test_another_model_is_not_found(hello):
+    assert error(post(hello, model="gpt-4"), 404, "model_not_found")["param"] == "model"
+    assert post(hello, model="nanochat").status_code == 200
 
 
 def test_what_the_engine_refuses_is_the_client_s_mistake(server):
@@ -348,15 +355,15 @@ def test_what_the_engine_refuses_is_the_client_s_mistake(server):
     b'{"messages": [{"role": "user", "content": "hi"}], "n": 1e999}', b'\xef\xbb\xbf{}',
     b'{"messages": [{"role": "user", "content": "hi"}], "temperature": Infinity}',
 ])
-def test_a_body_that_is_no_sound_json_is_refused(server, body):
-    error(server().post(CHAT, content=body, headers={"content-type": "application/json"}), 400)
+def test_a_body_that_is_no_sound_json_is_refused(hello, body):
+    error(hello.post(CHAT, content=body, headers={"content-type": "application/json"}), 400)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
-def test_only_json_is_taken(server, kind):
+def test_only_json_is_taken(hello, kind):
     """Another content type needs no permission from the browser: any page could send it here."""
     content = json.dumps({"messages": HI}).encode()
-    error(server().post(CHAT, content=content, headers={"content-type": kind}), 400)
+    error(hello.post(CHAT, content=content, headers={"content-type": kind}), 400)
 
 
 def test_unknown_routes_and_methods(server):
