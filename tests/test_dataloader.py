@@ -162,7 +162,7 @@ def test_packer_resumes_after_any_row(packing, crop, n_rows):
 
 @pytest.mark.parametrize("lengths, rows", [
     ([5, 9, 3, 2, 8, 4], [[(0, 5), (2, 3), (3, 2)], [(1, 9), (5, 1)]]),  # 3 and 2 end the row, not 4 and a rest of 1
-    ([5, 9, 4, 5, 3], [[(0, 5), (3, 5)]]),  # one alone does
+    ([5, 9, 3, 2, 5], [[(0, 5), (4, 5)]]),  # one alone does, and is taken before two
     ([2, 4, 4, 6], [[(0, 2), (1, 4), (2, 4)]]),  # two of one length do, not 6 and a rest of 2
     ([2, 4, 5, 9], [[(0, 2), (2, 5), (1, 3)]]),  # one 4 is no pair: the largest, then the shortest cropped
 ])
