@@ -28,8 +28,7 @@ from nanochat.engine import Engine, SamplingParams, runner
 from nanochat.engine.runner import buckets
 from nanochat.gpt import GPT, PagedCache
 
-TRITON = resolve(KernelConfig.parse("eager,paged_append=triton,paged_attention=triton,sample=triton"), CPU,
-                 torch.float32)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 PROMPTS = [prompt_of(length, seed=3) for length in (5, 16, 33, 20, 61, 2)]
 PARAMS = [SamplingParams(max_tokens=12, temperature=1.0, top_k=40, seed=i) for i in range(6)]
 
@@ -144,12 +143,15 @@ def triton_model():
     """The tiny model, without a script, with the kernels of the engine's ops in Triton's interpreter."""
     model = random_model(n_layer=1, n_head=1, n_embd=32)
     model.__class__ = GPT
+    kernels = resolve(KernelConfig.parse("eager,paged_append=triton,paged_attention=triton,sample=triton"), CPU,
+                      torch.float32)
     for module in model.modules():
         if hasattr(module, "kernels"):
-            module.kernels = TRITON
+            module.kernels = kernels
     return model
 
 
+@interpreted
 def test_graphs_are_captured_once_largest_first_in_one_pool_and_replayed(make, recorded):
     prompts = [PROMPTS[0], PROMPTS[5]]  # then top-k and top-p would be searched through in the interpreter
     params = [SamplingParams(max_tokens=4, seed=5), dataclasses.replace(GREEDY, max_tokens=3, n=2)]
@@ -169,6 +171,7 @@ def test_graphs_are_captured_once_largest_first_in_one_pool_and_replayed(make, r
     assert_idle(engine)
 
 
+@interpreted
 def test_new_weights_reach_a_captured_graph(make, recorded):
     engine = make(model=triton_model(), max_batch=1, graphs=True)
     params = dataclasses.replace(GREEDY, max_tokens=4)
@@ -179,6 +182,7 @@ def test_new_weights_reach_a_captured_graph(make, recorded):
     assert_recomputed(engine, second, PROMPTS[:1], params)
 
 
+@interpreted
 def test_pages_given_back_and_taken_again_are_captured_anew(make, recorded):
     engine = make(model=triton_model(), max_batch=1, graphs=True)
     params = dataclasses.replace(GREEDY, max_tokens=3)
@@ -203,6 +207,13 @@ def test_what_cannot_be_here_is_a_sentence(make):
     assert not make().runner.graphs
 
 
+def test_fp8_pages_on_an_older_gpu_are_refused(make, monkeypatch):
+    monkeypatch.setattr(runner, "sm", lambda device: 80)
+    with pytest.raises(UserError, match="kv_dtype fp8 needs a GPU of sm89 or later, this is sm80"):
+        make(kv_dtype="fp8", graphs=False)
+
+
+@interpreted
 @pytest.mark.slow
 def test_a_compiled_step_says_the_same(make, monkeypatch):
     compile = torch.compile
@@ -299,13 +310,13 @@ def logits_of(engine, prompts, params):
     return found
 
 
-def test_fp8_pages_keep_the_logits_within_18_db(make):
+def test_fp8_pages_keep_30_db_of_the_logits(make):
     params = [dataclasses.replace(p, max_tokens=1) for p in PARAMS]  # later tokens may differ
     exact, fp8 = (logits_of(make(kv_dtype=kv), PROMPTS, params) for kv in ("auto", "fp8"))
     assert exact.keys() == fp8.keys() and len(exact) == 6
     exact, fp8 = (torch.stack(list(found.values())) for found in (exact, fp8))
     ratio = exact.square().sum() / (exact - fp8).square().sum()
-    assert 18 < 10 * ratio.log10() < 60
+    assert 30 < 10 * ratio.log10() < 60
 
 
 @pytest.mark.parametrize("options", [dict(), dict(n_pages=7, max_batch=5), dict(page_size=4, max_batch=1)])

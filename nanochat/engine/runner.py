@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kernels import Kernels
+from kernels.device import sm
 from kernels.sample import kept_logits
 from nanochat.common import UserError
 from nanochat.engine.request import Row
@@ -92,6 +93,8 @@ class Runner:
                  graphs: bool | None = None, compiled: bool = False, batch_invariant: bool = False):
         if kv_dtype not in KV_DTYPES:
             raise UserError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+        if kv_dtype == "fp8" and (have := sm(model.device)) is not None and have < 89:
+            raise UserError(f"kv_dtype fp8 needs a GPU of sm89 or later, this is sm{have}")
         no_graphs = None if graphs is False else why_no_graphs(model.device, model.kernels)
         if graphs and no_graphs:
             raise UserError(f"graphs cannot be had: {no_graphs}")
