@@ -12,7 +12,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +34,7 @@ class UserError(Exception):
 def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable) -> None:
     """Run `main(parse_args())`; a UserError or KernelError becomes `error: ...` on stderr and exit code 2.
 
-    So does, in a job of several ranks, the loss of another rank, which is named. There any error ends the process at
-    once: collectives that were begun and cannot end would keep it.
+    So does, in a job of several ranks, the loss of another rank, which is named.
     """
     args = parse_args()
     try:
@@ -48,15 +46,10 @@ def run_script(parse_args: Callable[[], argparse.Namespace], main: Callable) -> 
         sentence = str(error) if isinstance(error, UserError | KernelError) else None
         if _roll_call is not None:
             sentence = _roll_call.explain(error, sentence)
-        elif sentence is None:
+        if sentence is None:
             raise
-        text = "".join(traceback.format_exception(error)) if sentence is None else f"error: {sentence}\n"
-        print(text, end="", file=sys.stderr, flush=True)  # in one write: ranks share the terminal
-        code = 1 if sentence is None else 2
-        if _roll_call is not None:
-            sys.stdout.flush()
-            os._exit(code)
-        raise SystemExit(code) from None
+        print(f"error: {sentence}\n", end="", file=sys.stderr, flush=True)  # in one write: ranks share the terminal
+        raise SystemExit(2) from None
 
 
 def base_dir() -> Path:

@@ -202,6 +202,7 @@ def test_bfloat16_is_rounded_once_and_stays(exported, own_base_dir, tmp_path, mo
     take_in(tmp_path / "half")
     back = read_stage("sft")[0]
     assert all(torch.equal(back[name], tensor.bfloat16()) for name, tensor in tensors.items())
+    assert {tensor.dtype for tensor in back.values()} == {torch.bfloat16}, "half the disk, cast on loading"
     model, _, _ = load_model("sft", device="cpu", kernels="eager", dtype="float32")
     assert model.lm_head.weight.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"].bfloat16().float())
