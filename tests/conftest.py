@@ -23,6 +23,15 @@ def pytest_configure(config):
     os.environ["NANOCHAT_BASE_DIR"] = config.nanochat_base_dir.name
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Show the figures that tests measured, from whichever process they ran in."""
+    figures = [text for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])
+               for key, text in report.user_properties if key == "figure"]
+    if figures:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(figures))
+
+
 def pytest_unconfigure(config):
     config.nanochat_base_dir.cleanup()
 
@@ -39,3 +48,9 @@ def own_base_dir(tmp_path, monkeypatch):
 def seeded():
     """Start every test from the same random state, so that it passes or fails alone as it does in the suite."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def figure(request):
+    """Return a function that shows a text at the end of the run: a number measured on the way, not judged by itself."""
+    return lambda text: request.node.user_properties.append(("figure", text))

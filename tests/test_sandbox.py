@@ -270,7 +270,7 @@ def test_the_probe_prints_json(monkeypatch, capsys):
 # --- hostile programs -------------------------------------------------------------------------------
 
 
-def hold_all(as_nobody, disabled="", known=frozenset()):
+def hold_all(figure, as_nobody, disabled="", known=frozenset()):
     if sandbox.level() < 2:
         pytest.skip(f"nothing holds at level {sandbox.level()}: {sandbox.probe()['missing']}")
     chosen = {f"{category}/{name}": program for category in watch.CATEGORIES
@@ -279,23 +279,23 @@ def hold_all(as_nobody, disabled="", known=frozenset()):
     faults = watch.in_fork(lambda: watch.run_all(chosen), as_nobody=as_nobody,
                            environment={"NANOCHAT_SANDBOX_DISABLE": disabled})
     who = "uid 65534" if as_nobody else f"uid {os.geteuid()}"
-    print(f"\nhostile programs held, as {who}, without {disabled or 'nothing'}:")
-    for category in watch.CATEGORIES:
-        names = [name for name in chosen if name.startswith(f"{category}/")]
-        print(f"  {category:<8} {sum(not faults[name] for name in names)}/{len(names)}")
-    print(f"  all      {sum(not faults[name] for name in chosen)}/{len(chosen)}")
+    held = {category: [not faults[name] for name in chosen if name.startswith(f"{category}/")]
+            for category in watch.CATEGORIES}
+    parts = ", ".join(f"{category} {sum(each)}/{len(each)}" for category, each in held.items())
+    figure(f"hostile programs held, as {who}, {f'without {disabled}' if disabled else 'with all means'}: "
+           f"{len(chosen) - sum(map(bool, faults.values()))}/{len(chosen)} ({parts})")
     assert {name: fault for name, fault in faults.items() if fault and name not in known} == {}
 
 
-def test_every_hostile_program_is_held():
-    hold_all(as_nobody=False, known=frozenset() if sandbox.probe()["namespaces"] else frozenset({"files/stat"}))
+def test_every_hostile_program_is_held(figure):
+    hold_all(figure, as_nobody=False, known=frozenset() if sandbox.probe()["namespaces"] else frozenset({"files/stat"}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("disabled", "as_nobody"), [
     (disabled, as_nobody) for disabled in ("", "landlock", "userns") for as_nobody in users() if disabled or as_nobody])
-def test_every_hostile_program_is_held_with_less(disabled, as_nobody):
-    hold_all(as_nobody, disabled, known={"files/stat"} if disabled == "userns" else set())
+def test_every_hostile_program_is_held_with_less(figure, disabled, as_nobody):
+    hold_all(figure, as_nobody, disabled, known={"files/stat"} if disabled == "userns" else set())
 
 
 # --- the parts --------------------------------------------------------------------------------------

@@ -88,12 +88,12 @@ def test_right_bodies_pass_and_wrong_ones_fail_as_with_plain_exec(what, prompt, 
     assert ours[0] == Verdict(True, "passed", False)
 
 
-def test_no_forgery_passes():
+def test_no_forgery_passes(figure):
     forgeries = watch.programs("forgeries")
     assert len(forgeries) >= 40
     verdicts = dict(zip(forgeries, in_threads(lambda f: judge(f[1], limits=BRIEF), forgeries.values()), strict=True))
     forged = [name for name, verdict in verdicts.items() if verdict.passed]
-    print(f"forgeries: {len(forged)} of {len(forgeries)} passed")
+    figure(f"forged verdicts that pass: {len(forged)} of {len(forgeries)}")
     assert not forged
     assert all(verdict.reason and not verdict.forgeable for verdict in verdicts.values())
 
