@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny_engine import CONFIG, one_thread, random_model  # noqa: F401
+from tiny_engine import CONFIG, byte_tokenizer, one_thread, random_model  # noqa: F401
 
 from nanochat.common import Runtime, UserError
 from nanochat.evals import scoring
@@ -167,6 +167,20 @@ def test_a_model_of_transformers_scores_as_one_forward_per_row(huggingface):
     rows = [one for i in range(0, 90, 3) for one in to_rows("multiple_choice", sequences[i:i + 3], scorer.max_len)]
     model = transformers.AutoModelForCausalLM.from_pretrained(huggingface).eval()
     assert_scores(scorer.score(rows), one_by_one(lambda x: model(input_ids=x).logits, rows))
+
+
+def test_our_model_scores_alike_here_and_in_transformers(tmp_path):
+    from nanochat.evals.huggingface import load_huggingface
+    from nanochat.hf_model import export_model
+
+    model, folder = random_model(), tmp_path / "exported"
+    export_model(model.state_dict(), model.config, byte_tokenizer(), folder, "a model", dtype="float32",
+                 shard_bytes=10**9)
+    scorer, tokenizer = load_huggingface(str(folder), CPU, torch.float32)
+    assert (scorer.max_len, tokenizer.bos_id) == (96, BOS)
+    rows = items(12)
+    ours = PagedScorer(model).score(rows)
+    assert_scores(scorer.score(rows), [(score.nats, score.greedy) for score in ours])
 
 
 def test_a_folder_without_a_model_is_one_sentence(tmp_path):
