@@ -82,6 +82,18 @@ def test_flags_become_settings(served, monkeypatch):
     assert engine.max_batch == 5 and engine.tools == "off" and engine.context == CONFIG.sequence_len
 
 
+def test_a_core_is_left_to_the_event_loop(served, monkeypatch):
+    save_stage("sft")
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    for cores in ("2", None):  # who sets the number keeps it
+        monkeypatch.delenv("OMP_NUM_THREADS") if cores is None else monkeypatch.setenv("OMP_NUM_THREADS", cores)
+        chat_web.main(chat_web.parse_args(["--port", "0", "--device", "cpu"]))
+        served.pop()[0].state.pool.workers[0].factory()
+    assert threads == [3]
+
+
 def test_without_flags_the_defaults_hold(served, capsys, monkeypatch):
     monkeypatch.delenv("NANOCHAT_TOKEN", raising=False)
     save_stage("sft")

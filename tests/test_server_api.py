@@ -349,6 +349,13 @@ def test_what_the_engine_refuses_is_the_client_s_mistake(server):
     assert found["message"] == "the pool has 3 pages"
 
 
+def test_of_several_prompts_one_that_is_refused_takes_the_others_along(server):
+    client = server()
+    error(post(client, TEXT, prompt=[[1, 2], [99_999]]), 400)
+    assert [request.prompt for request in engine_of(client).aborted] == [[1, 2]]
+    assert post(client).status_code == 200
+
+
 @pytest.mark.parametrize("body", [
     b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"messages": NaN}', b'{"a": "\xed\xa0\x80"}', b"[" * 100_000,
     b'{"a": ' * 5000 + b"1" + b"}" * 5000, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"1" * 5000,

@@ -222,7 +222,6 @@ class Worker(threading.Thread):
                 requests.append(self.engine.submit(prompt, job.params, self.pool.settings.request_timeout))
         except UserError as error:
             self._abort(requests)
-            self.load -= job.choices
             self.pool.call(self._fail, job, ApiError(400, str(error), "invalid_value"))
         except Exception:
             self.pool.call(self._fail, job, ENGINE_FAILED)
