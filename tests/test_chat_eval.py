@@ -115,7 +115,7 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning():
     task, scorer = make_task("choice", "test", 3), LetterScorer()
     scorer.max_len = 40
     rows = [row for i in range(3) for row in chat._letter_rows(scorer, CharTokenizer(), task[i])]
-    assert {(len(row.ids), row.start) for row in rows} == {(41, 40)}
+    assert {(len(row.ids), row.start, row.ids[39]) for row in rows} == {(41, 40, CharTokenizer.ask)}
 
 
 def test_a_letter_must_be_one_token():
