@@ -82,9 +82,10 @@ if [ "$preset" = tiny ]; then
     data="${data:-builtin}" vocab=4096
     base_flags=(--sequence-len 256 --device-batch-size 8 --total-batch-size 2048 --num-steps 225
         --eval-every 50 --eval-tokens 20480 --save-every 50)
-    mid_flags=(--tasks tiny --device-batch-size 8 --rows-per-step 8 --num-steps 80 --eval-every 40 --save-every 40)
+    mid_flags=(--tasks tiny --device-batch-size 8 --rows-per-step 8 --num-steps 80 --eval-every 40 --eval-batches 8
+        --save-every 40)
     sft_flags=(--tasks tiny --device-batch-size 24 --rows-per-step 24 --num-steps 200 --lr-scale 0.5 --eval-every 100
-        --save-every 50)
+        --eval-batches 8 --save-every 50)
     rl_flags=(--task arithmetic-hard --examples-per-step 16 --num-samples 8 --num-steps 20 --device-batch-size 32
         --lr-scale 0.1 --max-tokens 48 --top-k 0 --eval-problems 100 --eval-every 20 --save-every 5)
     rl_eval_flags=()

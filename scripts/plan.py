@@ -50,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
     machine = Machine.of(args.gpu, args.gpus, args.memory_gib, args.dollars_per_gpu_hour)
     if args.micro_batch:
         print(micro_batch(Shape(args.depth), machine.gpus, machine.memory_gib))
@@ -119,5 +120,4 @@ def number(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
     main(parse_args())
