@@ -1,5 +1,6 @@
 """The server on a real socket: streams that leave, wait, read slowly or break off, the queue, loading, stopping."""
 
+import asyncio
 import json
 import random
 import socket
@@ -10,7 +11,10 @@ import pytest
 from fake_engine import FakeEngine, endless, live, until
 
 from nanochat.common import UserError
+from nanochat.engine import SamplingParams
 from nanochat.server import Settings, create_app
+from nanochat.server.errors import ApiError
+from nanochat.server.job import Job
 from nanochat.server.serve import serve
 
 HI = {"messages": [{"role": "user", "content": "hi"}]}
@@ -85,8 +89,8 @@ def test_a_client_that_leaves_frees_its_row_within_two_steps(stream, event):
         before = engine.steps
         until(lambda: engine.aborted)
         assert engine.steps - before <= 2
-        until(lambda: is_idle(server))
-        assert 'nanochat_request_failures_total{code="disconnected"} 1.0' in get(server, "/metrics")
+        until(lambda: 'nanochat_request_failures_total{code="disconnected"} 1.0' in get(server, "/metrics"))
+        assert is_idle(server)
 
 
 def test_a_client_that_leaves_the_queue_never_reaches_the_engine():
@@ -102,14 +106,38 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_engine():
         assert len(engine.submitted) == 1
 
 
-def test_a_client_that_does_not_read_loses_its_request(monkeypatch):
+def test_a_client_that_does_not_read_loses_its_request():
+    engine = FakeEngine(lambda *_: endless(("text", "x" * 20_000)), step_seconds=0.001)
+    with serving(engine) as server:
+        client = ask(server)
+        until(lambda: engine.aborted and not engine.requests)
+        client.leave()
+        until(lambda: 'request_failures_total{code="slow_reader"} 1.0' in get(server, "/metrics"))
+        assert is_idle(server)
+
+
+def test_unread_output_counts_until_it_is_read():
+    async def story():
+        job = Job([[1]], SamplingParams(), buffer_bytes=1000)
+        reader, event = aiter(job), (0, ("text", "x" * 100))
+        for _ in range(10):
+            job.receive([event, event], [])
+            assert [await anext(reader), await anext(reader)] == [event, event]
+        assert not job.done
+        job.receive([event] * 3, [])
+        assert job.cancelled and job.error.code == "slow_reader"
+        with pytest.raises(ApiError):
+            await anext(reader)
+
+    asyncio.run(story())
+
+
+def test_a_client_that_does_not_read_loses_its_connection(monkeypatch):
     monkeypatch.setattr("nanochat.server.serve.HEADER_SECONDS", 0.2)
     engine = FakeEngine(lambda *_: endless(("text", "x" * 20_000)), step_seconds=0.001)
     with serving(engine, send_timeout=0.5) as server:
         client = ask(server)
-        until(lambda: engine.aborted, 30)
-        until(lambda: is_idle(server))
-        until(lambda: not server.server_state.connections)  # the socket is given up, too
+        until(lambda: not server.server_state.connections)
         client.leave()
         assert status(ask(server, max_tokens=1).read_until("content").data.decode()) == 200
 

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nanochat.common import UserError
+from nanochat.server.schemas import UNSUPPORTED
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable_error"}
 CODES = {404: "not_found", 405: "method_not_allowed", 500: "internal_error"}
@@ -38,9 +39,11 @@ def invalid_request(error: RequestValidationError) -> ApiError:
     if not path:
         return ApiError(400, "the request body must be a JSON object, sent as Content-Type: application/json",
                         "invalid_body")
-    rule = fault["msg"][:1].lower() + fault["msg"][1:]
+    rule, code = fault["msg"][:1].lower() + fault["msg"][1:], "invalid_value"
+    if path[0] in UNSUPPORTED:
+        rule, code = "must be left out, this server cannot do what it asks", "unsupported_value"
     value = "" if fault["type"] == "missing" else f", got {_short(fault['input'])}"
-    return ApiError(400, f"{'.'.join(path)}: {rule}{value}", "invalid_value", ".".join(path))
+    return ApiError(400, f"{'.'.join(path)}: {rule}{value}", code, ".".join(path))
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -12,6 +12,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from nanochat.engine.request import MAX_LOGPROBS, MAX_SEED, MAX_STOP_CHARS, MAX_STOPS
 from nanochat.server.settings import MAX_MESSAGES, MAX_SAMPLES
 
+UNSUPPORTED = frozenset(("tools", "functions", "tool_choice", "function_call", "response_format", "logit_bias",
+                         "frequency_penalty", "presence_penalty", "repetition_penalty", "modalities", "audio",
+                         "web_search_options", "best_of", "echo", "suffix"))
+
 
 def _refuse_true(value: bool) -> bool:
     if value:
