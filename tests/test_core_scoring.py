@@ -135,7 +135,7 @@ def test_batches_hold_every_row_once_and_keep_to_their_size():
 def huggingface(request, tmp_path_factory):
     """A folder with a random tiny model of transformers and a tokenizer of bytes."""
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     folder = tmp_path_factory.mktemp(request.param)
     sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -148,6 +148,7 @@ def huggingface(request, tmp_path_factory):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_alone = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<s>", "</s>"])}, []))
     bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_alone, bos_token="<s>",
                                          eos_token="</s>").save_pretrained(folder)
     return folder
