@@ -142,6 +142,13 @@ def test_chatcore_on_a_part_of_the_problems_says_so(base, five):
 def test_generated_tasks_are_endless_and_get_limits_of_their_own(base, five):
     run(chat_eval, "-i", "sft", "-a", "spelling|MMLU")
     assert five == {"spelling": [200, 128], "MMLU": [None, 512]}
+    run(chat_eval, "-i", "sft", "-a", "spelling", "-x", "2", "-m", "7")
+    assert five["spelling"] == [2, 7]
+
+
+def test_without_the_tool_there_is_no_chatcore(base, five):
+    run(chat_eval, "-i", "sft", "-a", "|".join(CHAT_CORE_TASKS), "--tools", "off")
+    assert set(read(base / "report" / "scores_sft.json")) == {f"{name}, tool off" for name in CHAT_CORE_TASKS}
 
 
 @pytest.mark.parametrize(("args", "generated"), [
