@@ -132,12 +132,13 @@ def test_unread_output_counts_until_it_is_read():
     asyncio.run(story())
 
 
-def test_a_client_that_does_not_read_loses_its_connection(monkeypatch):
+def test_a_client_that_does_not_read_loses_its_connection(monkeypatch, capfd):
     monkeypatch.setattr("nanochat.server.serve.HEADER_SECONDS", 0.2)
     engine = FakeEngine(lambda *_: endless(("text", "x" * 20_000)), step_seconds=0.001)
     with serving(engine, send_timeout=0.5) as server:
         client = ask(server)
         until(lambda: not server.server_state.connections)
+        assert "Traceback" not in capfd.readouterr().err
         client.leave()
         assert status(ask(server, max_tokens=1).read_until("content").data.decode()) == 200
 
