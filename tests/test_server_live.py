@@ -6,6 +6,8 @@ import random
 import socket
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from fake_engine import FakeEngine, endless, live, until
@@ -15,7 +17,7 @@ from nanochat.engine import SamplingParams
 from nanochat.server import Settings, create_app
 from nanochat.server.errors import ApiError
 from nanochat.server.job import Job
-from nanochat.server.serve import serve
+from nanochat.server.serve import Protocol, serve
 
 HI = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -348,6 +350,23 @@ def test_a_client_that_never_asks_is_hung_up_on(monkeypatch):
         assert status(half.rest()) == 408
         assert "[DONE]" in patient.rest()  # a request under way may take its time
         silent.close()
+
+
+def test_only_a_connection_without_a_request_between_two_looks_is_idle():
+    protocol, transport = Protocol.__new__(Protocol), Mock(**{"is_closing.return_value": False})
+    protocol.loop, protocol.transport, protocol.idle_after = Mock(), transport, protocol
+    busy, answered, answered_too = (SimpleNamespace(response_complete=done) for done in (False, True, True))
+    for cycle in (None, answered, answered_too, busy, busy, answered, busy):  # used, though idle at most looks
+        protocol.cycle = cycle
+        protocol._look()
+    assert not transport.close.called
+    for cycle in (answered_too, answered_too):
+        protocol.cycle = cycle
+        protocol._look()
+    assert transport.close.call_count == 1 and not transport.abort.called
+    transport.is_closing.return_value = True
+    protocol._look()
+    assert transport.abort.call_count == 1 and protocol.loop.call_later.call_count == 10
 
 
 def test_whatever_clients_do_the_engine_is_idle_afterwards():

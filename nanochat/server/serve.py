@@ -38,7 +38,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.was_idle = False
+        self.idle_after: object = self  # the request after which it was idle at the last look; itself: it was not
         self.next_look = self.loop.call_later(HEADER_SECONDS, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -49,9 +49,9 @@ class Protocol(H11Protocol):
         idle = self.cycle is None or self.cycle.response_complete
         if self.transport.is_closing():
             self.transport.abort()
-        elif idle and self.was_idle:
+        elif idle and self.idle_after is self.cycle:
             self.transport.close()
-        self.was_idle = idle
+        self.idle_after = self.cycle if idle else self
         self.next_look = self.loop.call_later(HEADER_SECONDS, self._look)
 
 
