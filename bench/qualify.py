@@ -1,4 +1,4 @@
-"""Parity, the largest ops, then d12 and d20 steps in turns, inside a budget of minutes: bash bench/qualify.sh
+"""Parity, the largest ops, d12 and d20 steps in turns, decoding, inside a budget of minutes: bash bench/qualify.sh
 
 Each stage is a process of its own: a kernel that breaks the CUDA context, or hangs, takes its own rows with it and no
 others. A stage that has less time left than it needs is dropped and named; one that overruns is ended, its rows kept.
@@ -26,6 +26,7 @@ from nanochat.flags import positive_float
 # by their share of a d20 step, largest first
 LARGEST_OPS = ("linear_relu2", "linear", "attention", "cross_entropy", "rms_norm", "qk_norm_rope")
 PARITY_SHARE = 0.25  # of the budget at most: the rest would be of little use without times
+DECODE_SHARE = 0.2  # at most for a run of it: d20's step comes after the first
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def plan(path: Path) -> list[Stage]:
     """Return the stages in order of worth; `path` collects the rows."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     parity = [*pytest, "-m", "gpu", "tests/test_kernels_gpu.py", "-k", "exact or repeats"]
+    graphs = [*pytest, "-m", "gpu", "tests/test_runner.py"]
 
     def op_rows(op: str) -> Stage:
         return Stage(f"op {op}", [*pytest, "bench/bench_kernels.py", "-k", "not window", "--op", op, "--size", "d20",
@@ -52,8 +54,16 @@ def plan(path: Path) -> list[Stage]:
             sys.executable, "-m", "bench.bench_train", "--depth", str(depth), "--rounds", "4", "--rows", str(path),
             "--sets", "eager", "compile", "best", "best+fp8", "--best-from", str(path)], needs_s)
 
-    return [Stage("parity", parity, 20, PARITY_SHARE), *map(op_rows, LARGEST_OPS), train(12, 60),
-            train(20, 100)]
+    def decode(name: str, needs_s: float, *flags: str) -> Stage:
+        command = [sys.executable, "-m", "bench.bench_decode", "--depth", "20", "--tokens", "64", "--rows", str(path)]
+        return Stage(f"decode {name}", [*command, *flags], needs_s, DECODE_SHARE)
+
+    few = ("--parts", "steps", "--batch-sizes", "1", "64", "--contexts", "1024")
+    return [Stage("parity", parity, 20, PARITY_SHARE), Stage("parity of graphs", graphs, 20, DECODE_SHARE),
+            *map(op_rows, LARGEST_OPS), train(12, 60),
+            decode("d20", 60, "--parts", "steps", "closed", "poisson", "--batch-sizes", "1", "8", "64"), train(20, 100),
+            decode("overlapped", 30, "--overlap", *few), decode("with fp8 KV", 30, "--kv", "fp8", *few),
+            decode("without graphs", 30, "--no-graphs", *few)]
 
 
 def run_stages(stages: list[Stage], seconds: float, note: Callable[[str], None],
@@ -93,7 +103,8 @@ def run_process(command: list[str], limit: float) -> int | None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=positive_float, default=10.0, help="the budget for everything")
-    parser.add_argument("--only", action="append", choices=("parity", "op", "train"), help="these stages only")
+    parser.add_argument("--only", action="append", choices=("parity", "op", "train", "decode"),
+                        help="these stages only")
     return parser.parse_args(argv)
 
 

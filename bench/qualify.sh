@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU is worth with these kernels, in one command: parity, the largest ops, then training steps side by side.
+# What a GPU is worth with these kernels, in one command: parity, the largest ops, training steps side by side, decoding.
 #
 #     bash bench/qualify.sh --minutes 10
 #

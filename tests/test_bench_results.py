@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, qualify, results
+from bench import bench_decode, compare, qualify, results
 from bench.qualify import Stage, plan, run_process, run_stages
 from kernels import KernelConfig, KernelUnavailable, resolve
 from nanochat.common import UserError
@@ -226,12 +226,17 @@ def test_a_budget_drops_and_cuts_late_stages_and_names_them():
                      "dropped for want of time: d20 (30 s left, it needs 100)"]
 
 
-def test_the_plan_is_parity_then_six_ops_then_d12_and_d20(tmp_path):
+def test_the_plan_is_parity_then_six_ops_then_steps_and_decoding(tmp_path):
     stages = plan(tmp_path / "rows.json")
-    assert [stage.name.split()[0] for stage in stages] == ["parity"] + ["op"] * 6 + ["train"] * 2
-    for stage in stages[1:]:
+    kinds = [stage.name.split()[0] for stage in stages]
+    assert kinds == ["parity"] * 2 + ["op"] * 6 + ["train", "decode", "train"] + ["decode"] * 3
+    for stage in stages[2:]:
         assert str(tmp_path / "rows.json") in stage.command
-    assert [command[command.index("--depth") + 1] for command in (s.command for s in stages[-2:])] == ["12", "20"]
+    depths = [s.command[s.command.index("--depth") + 1] for s in stages if s.name.startswith(("train", "decode"))]
+    assert depths == ["12", *["20"] * 5]
+    for stage in stages:
+        if stage.name.startswith("decode"):
+            bench_decode.parse_args(stage.command[3:])
 
 
 def test_qualify_keeps_rows_and_says_what_failed(tmp_path, monkeypatch, capsys):
