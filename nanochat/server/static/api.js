@@ -1,5 +1,7 @@
 // The server's API: JSON, Server-Sent Events, and errors in the server's own sentences.
 
+import { recall, remember } from "./storage.js";
+
 const TOKEN = "nanochat/token";
 let tokenAsked = null;  // one question for all requests that wait for the answer
 
@@ -16,7 +18,7 @@ export const access = { ask: async () => null };  // ask(sentence) returns a tok
 /** Return the answer to GET, or to POST when there is a body. Throws ServerError; asks for a token on 401. */
 async function request(path, body, signal) {
   for (;;) {
-    const token = sessionStorage.getItem(TOKEN);
+    const token = recall(TOKEN, "sessionStorage");
     const headers = { ...(body && { "Content-Type": "application/json" }), ...(token && { Authorization: `Bearer ${token}` }) };
     const init = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body), cache: "no-store" };
     const response = await fetch(path, init).catch((error) => {
@@ -31,7 +33,7 @@ async function request(path, body, signal) {
 async function newToken(sentence) {
   tokenAsked ??= access.ask(sentence).finally(() => { tokenAsked = null; });
   const token = await tokenAsked;
-  if (token) sessionStorage.setItem(TOKEN, token);
+  if (token) remember(TOKEN, token, "sessionStorage");
   return Boolean(token);
 }
 

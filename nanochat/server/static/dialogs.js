@@ -1,6 +1,7 @@
 // The two dialogs: a question, and the settings. Both are native ones: focus stays inside, Escape closes them.
 
 import { $ } from "./dom.js";
+import { recall, remember } from "./storage.js";
 import * as store from "./store.js";
 
 const SETTINGS = "nanochat/settings";
@@ -32,7 +33,7 @@ export function ask({ title, text = "", value = null, secret = false, ok }) {
 /** Return what the user has set: numbers by the API's names, and the system prompt. */
 export function settings() {
   try {
-    return JSON.parse(localStorage.getItem(SETTINGS)) ?? {};
+    return JSON.parse(recall(SETTINGS)) ?? {};
   } catch {
     return {};
   }
@@ -51,7 +52,7 @@ export function openSettings({ defaults = {}, changed, deleted }) {
     event.preventDefault();
     const given = NUMBERS.filter((name) => form[name].value !== "").map((name) => [name, form[name].valueAsNumber]);
     const system = form.system.value.trim();
-    localStorage.setItem(SETTINGS, JSON.stringify({ ...Object.fromEntries(given), ...(system && { system }) }));
+    remember(SETTINGS, JSON.stringify({ ...Object.fromEntries(given), ...(system && { system }) }));
     $("settings").close();
   };
   $("delete-all").onclick = async () => {

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { ask, openSettings, settings } from "./dialogs.js";
 import { $, element, iconButton, say } from "./dom.js";
 import { count, fit, follow, show, submitOnEnter, update } from "./messages.js";
+import { recall, remember } from "./storage.js";
 import * as store from "./store.js";
 
 const NEARLY_FULL = 0.85;  // of the context: time to say so
@@ -119,7 +120,7 @@ function go(id) {
   keepDraft();
   current = id && store.get(id) ? id : null;
   if (location.hash.slice(1) !== (current ?? "")) history.pushState(null, "", current ? `#${current}` : location.pathname);
-  prompt.value = draft();
+  prompt.value = recall(draftKey(), "sessionStorage") ?? "";
   fit(prompt);
   openMenu(false);
   refresh();
@@ -132,8 +133,7 @@ function newChat() {
 }
 
 const draftKey = () => `nanochat/draft/${current ?? "new"}`;
-const draft = () => sessionStorage.getItem(draftKey()) ?? "";
-const keepDraft = () => (prompt.value ? sessionStorage.setItem(draftKey(), prompt.value) : sessionStorage.removeItem(draftKey()));
+const keepDraft = () => remember(draftKey(), prompt.value, "sessionStorage");  // of this tab: two do not mix theirs
 
 // --- what the page shows ---
 
@@ -237,14 +237,10 @@ $("open-settings").onclick = () => openSettings({ defaults: model?.defaults, cha
 } });
 $("theme").onclick = () => {
   const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const wanted = (document.documentElement.dataset.theme ?? system) === "dark" ? "light" : "dark";
-  if (wanted === system) {  // what the system wants is followed, also when it changes its mind
-    delete document.documentElement.dataset.theme;
-    localStorage.removeItem("nanochat/theme");
-  } else {
-    document.documentElement.dataset.theme = wanted;
-    localStorage.setItem("nanochat/theme", wanted);
-  }
+  const wanted = (document.documentElement.dataset.theme || system) === "dark" ? "light" : "dark";
+  const chosen = wanted === system ? "" : wanted;  // what the system wants is followed, also when it changes its mind
+  document.documentElement.dataset.theme = chosen;
+  remember("nanochat/theme", chosen);
 };
 $("examples").append(...EXAMPLES.map((text) => element("button", { type: "button", onclick: () => {
   prompt.value = text;

@@ -91,7 +91,7 @@ function build({ kind, lines }, chips, depth) {
   if (kind === "table") return table(lines, inline);
   if (kind === "heading") {
     const [, marks, text] = HEADING.exec(lines[0]);
-    return inline(`h${Math.min(marks.length + 2, 6)}`, text);  // the page's own headings are h1 and h2
+    return inline(marks.length < 3 ? "h3" : "h4", text);  // h1 and h2 are the page's own
   }
   if (depth < DEEPEST && kind === "quote") {
     const inner = parse(lines.map((line) => line.replace(QUOTE, "")));

@@ -108,12 +108,13 @@ function facts(node, limit) {
     ?? (node.finish === "length" ? (full ? "cut off: the context is full" : "cut off at the most tokens allowed") : "");
   const { predicted_per_second: rate, time_to_first_token_ms: first } = node.timings ?? {};
   const parts = [said, node.usage && `${count(node.usage.completion_tokens)} tokens`, rate && `${significant(rate)} tokens/s`,
-    first !== undefined && `first after ${significant(first / 1000)} s`];
+    first !== undefined && `first token after ${duration(first)}`];
   return element("span", { className: "facts quiet", title: node.seed === undefined ? "" : `seed ${node.seed}` },
     parts.filter(Boolean).join(" · "));
 }
 
 export const count = (number) => number.toLocaleString("en");
+const duration = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 const significant = (number) => (number >= 100 ? count(Math.round(number)) : number.toPrecision(2));
 
 function editor(node, conversation, live, actions, limit) {

@@ -1,0 +1,396 @@
+"""What a user does on the chat page, in a real Chromium against the real server."""
+
+import json
+import re
+import threading
+
+import pytest
+from browser import PHONE, browser, echo, fake, paused, saying, visit  # noqa: F401
+from fake_engine import endless, until
+
+from nanochat.common import UserError
+
+
+def counting():
+    """A reply that says which answer it is."""
+    number = iter(range(1, 100))
+    return lambda prompt, sample: saying(f"answer {next(number)}")
+
+
+def prompt_of(engine, i=-1):
+    return engine.tokenizer.decode(engine.submitted[i].prompt)
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+
+def test_text_is_on_the_page_in_many_pieces_while_the_answer_is_still_being_written(visit):
+    go = threading.Event()
+    words = [f"word{i} " for i in range(20)]
+    page = visit(fake(lambda *_: paused([("text", word) for word in words], go, saying("the end")),
+                      step_seconds=0.02))
+    page.tab.evaluate("""() => {
+        window.seen = new Set();
+        new MutationObserver(() => seen.add(document.querySelector('.text')?.textContent))
+            .observe(document.getElementById('messages'), {subtree: true, childList: true, characterData: true});
+    }""")
+    answer = page.send("hello")
+    answer.get_by_text("word19").wait_for()
+    assert "the end" not in answer.inner_text() and page.button("Stop").is_visible()
+    assert page.locator("#log").get_attribute("aria-busy") == "true"
+    go.set()
+    page.button("Send").wait_for()
+    assert page.texts() == ["hello", "".join(words) + "the end"]
+    assert page.evaluate("seen.size") >= 5, "the text came in too few pieces"
+    assert page.locator("#log").get_attribute("aria-busy") == "false"
+
+
+def test_an_answer_says_its_tokens_its_rate_and_when_its_first_token_came(visit):
+    facts = visit(fake(saying("one", "two", "three"))).ask("hi").locator(".facts")
+    assert re.fullmatch(r"3 tokens · [\d.,]+ tokens/s · first token after \d+ ms", facts.inner_text())
+    assert re.fullmatch(r"seed \d+", facts.get_attribute("title"))
+
+
+def test_tool_calls_stand_where_they_were_made(visit):
+    engine = fake([("text", "It is "), ("tool", "12*3", "36"), ("text", " 36, not "), ("tool", "1/0", None),
+                   ("finish", "stop")])
+    answer = visit(engine).ask("12*3?")
+    assert answer.locator(".text").inner_text() == "It is python: 12*3 → 36 36, not python: 1/0 → refused"
+
+
+def test_an_answer_cut_off_says_so(visit):
+    page = visit(fake(saying("long", finish="length")))
+    assert "cut off at the most tokens allowed" in page.ask("hi").inner_text()
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_a_stopped_answer_keeps_its_text_and_frees_its_row(visit, how):
+    engine = fake(lambda *_: endless(("text", "and on ")))
+    page = visit(engine)
+    page.send("go on").get_by_text("and on and on").wait_for()
+    page.button("Stop").click() if how == "button" else page.keyboard.press("Escape")
+    page.answers.last.get_by_text("stopped").wait_for()
+    until(lambda: engine.aborted)
+    said = page.texts()[1]
+    assert said.startswith("and on and on") and page.prompt.evaluate("it => it === document.activeElement")
+    assert page.stored()[0]["nodes"][1]["state"] == "stopped"
+    page.reload()
+    assert page.texts()[1].split() == said.split()
+
+
+def test_events_cut_into_single_bytes_arrive_whole(visit):
+    text = "Grüße, 你好, 👩‍🚀 and \u2028 and **bold**"
+    page = visit(fake(saying(*text)))
+    page.add_init_script("""const whole = fetch; window.fetch = async (...request) => {
+        const response = await whole(...request);
+        const bytes = new TransformStream({transform(chunk, out) {for (const b of chunk) out.enqueue(Uint8Array.of(b))}});
+        return new Response(response.body.pipeThrough(bytes), response);
+    }""")
+    page.open()
+    answer = page.ask("hi").locator(".text")
+    assert answer.evaluate("it => it.textContent") == text.replace("**", "")
+    assert answer.locator("strong").inner_text() == "bold"
+
+
+def test_events_are_the_same_wherever_the_network_cuts_them(visit):
+    """Line ends of all three kinds, characters of 2, 3 and 4 bytes, comments; cut at every byte and into single ones."""
+    page = visit(fake(echo))
+    found = page.evaluate("""async () => {
+        const { events } = await import("/static/api.js");
+        const sent = "data: é€👩\\n\\n: ping\\n\\ndata:x\\r\\ndata: y\\r\\n\\r\\nevent: z\\rdata: \\u2028\\r\\rdata: lost";
+        const bytes = new TextEncoder().encode(sent);
+        const read = async (chunks) => {
+            const stream = new ReadableStream({start(c) {for (const chunk of chunks) c.enqueue(chunk); c.close()}});
+            return JSON.stringify(await Array.fromAsync(events(stream)));
+        };
+        const all = [await read(Array.from(bytes, (b) => Uint8Array.of(b)))];
+        for (let cut = 0; cut <= bytes.length; cut++) all.push(await read([bytes.slice(0, cut), bytes.slice(cut)]));
+        return [...new Set(all)];
+    }""")
+    assert [json.loads(one) for one in found] == [["é€👩", "x\ny", "\u2028"]]
+
+
+# --- branches -------------------------------------------------------------------------------------
+
+
+def test_the_whole_conversation_is_sent_in_turns(visit):
+    engine = fake(counting())
+    page = visit(engine)
+    page.ask("first")
+    page.ask("second")
+    assert page.texts() == ["first", "answer 1", "second", "answer 2"]
+    said = prompt_of(engine)
+    assert [said.index(text) for text in ("first", "answer 1", "second")] == sorted(
+        said.index(text) for text in ("first", "answer 1", "second"))
+
+
+def test_an_edited_message_starts_a_branch_and_the_old_one_stays(visit):
+    engine = fake(counting())
+    page = visit(engine)
+    page.ask("first")
+    page.ask("second")
+    page.questions.first.hover()
+    page.questions.first.get_by_role("button", name="Edit message").click()
+    page.get_by_role("textbox", name="Edit message").fill("other")
+    page.button("Send").first.click()
+    page.get_by_text("answer 3").wait_for()
+    page.get_by_text("2/2").wait_for()
+    assert page.texts() == ["other", "answer 3"] and "first" not in prompt_of(engine)
+    page.button("Previous version").click()
+    assert page.texts() == ["first", "answer 1", "second", "answer 2"]
+    assert page.button("Next version").evaluate("it => it === document.activeElement")
+    page.reload()
+    assert page.texts() == ["first", "answer 1", "second", "answer 2"]
+    page.button("Next version").click()
+    assert page.texts() == ["other", "answer 3"]
+
+
+def test_answering_again_keeps_both_answers_and_sends_the_question_alone(visit):
+    engine = fake(counting())
+    page = visit(engine)
+    page.ask("why")
+    page.button("Answer again").click()
+    page.get_by_text("answer 2").wait_for()
+    page.get_by_text("2/2").wait_for()
+    assert "answer 1" not in prompt_of(engine)
+    page.button("Previous version").click()
+    assert page.texts() == ["why", "answer 1"]
+    page.ask("and then")
+    assert page.texts() == ["why", "answer 1", "and then", "answer 3"] and "answer 2" not in prompt_of(engine)
+
+
+def test_an_edit_is_given_up_with_escape(visit):
+    page = visit(fake(counting()))
+    page.ask("first")
+    page.questions.last.hover()
+    page.button("Edit message").click()
+    page.get_by_role("textbox", name="Edit message").fill("other")
+    page.keyboard.press("Escape")
+    assert page.texts() == ["first", "answer 1"] and len(page.stored()[0]["nodes"]) == 2
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def test_a_reload_keeps_conversations_place_and_draft(visit):
+    page = visit(fake(counting()))
+    page.ask("first")
+    page.button("New chat").click()
+    page.ask("second")
+    page.prompt.fill("half a thou")
+    page.reload()
+    page.get_by_text("answer 2").wait_for()
+    assert page.texts() == ["second", "answer 2"] and page.prompt.input_value() == "half a thou"
+    assert page.listed() == ["second", "first"]
+    page.get_by_role("link", name="first").click()
+    assert page.texts() == ["first", "answer 1"] and page.prompt.input_value() == ""
+    page.go_back()
+    assert page.texts() == ["second", "answer 2"] and page.prompt.input_value() == "half a thou"
+
+
+def test_conversations_are_renamed_and_deleted(visit):
+    page = visit(fake(counting()))
+    page.ask("first")
+    page.button("New chat").click()
+    page.ask("second")
+    page.locator("#conversations li").last.hover()
+    page.button("Rename first").click()
+    page.get_by_role("textbox", name="Rename the conversation").fill("my own name")
+    page.keyboard.press("Enter")
+    assert page.listed() == ["second", "my own name"]
+    page.locator("#conversations li").first.hover()
+    page.button("Delete second").click()
+    page.button("Cancel").click()
+    assert len(page.listed()) == 2
+    page.button("Delete second").click()
+    page.button("Delete").click()
+    page.get_by_text("What would you like to know?").wait_for()
+    assert page.listed() == ["my own name"] and len(page.stored()) == 1
+
+
+def test_an_export_comes_back_by_import_and_a_wrong_file_changes_nothing(visit, tmp_path):
+    page = visit(fake(counting()))
+    page.ask("first")
+    page.button("Settings").click()
+    with page.expect_download() as download:
+        page.button("Export").click()
+    download.value.save_as(tmp_path / "all.json")
+    page.button("Delete all").click()
+    page.get_by_role("dialog", name="Delete all conversations?").get_by_role("button", name="Delete all").click()
+    page.get_by_text("All conversations are deleted.").wait_for()
+    assert page.stored() == []
+    (tmp_path / "wrong.json").write_text('{"conversations": [{"id": 1}]}')
+    page.locator("#file").set_input_files(tmp_path / "wrong.json")
+    page.get_by_text("nothing was imported").wait_for()
+    assert page.stored() == []
+    for _ in range(2):  # again adds nothing
+        page.locator("#file").set_input_files(tmp_path / "all.json")
+        page.get_by_text("Imported 1").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="first").click()
+    assert page.texts() == ["first", "answer 1"] and len(page.stored()[0]["nodes"]) == 2
+
+
+def test_two_tabs_keep_each_others_messages(visit):
+    page = visit(fake(counting()))
+    page.ask("first")
+    other = page.another_tab().open(at="/" + page.tab.url.rpartition("/")[2])
+    other.get_by_text("answer 1").wait_for()
+    page.ask("from one")
+    other.get_by_text("answer 2").wait_for()
+    other.ask("from the other")
+    page.get_by_text("answer 3").wait_for()
+    assert page.texts() == other.texts() == ["first", "answer 1", "from one", "answer 2", "from the other", "answer 3"]
+    other.button("New chat").click()
+    other.ask("elsewhere")
+    page.get_by_role("link", name="elsewhere").wait_for()
+    assert len(page.stored()) == 2 and page.texts()[-1] == "answer 3"
+    other.assert_clean()
+
+
+def test_an_answer_goes_on_while_another_conversation_is_read(visit):
+    go = threading.Event()
+    page = visit(fake(lambda prompt, _: paused([("text", "slow ")], go, saying("done")) if "long" in prompt
+                      else saying("quick")))
+    page.send("long one").get_by_text("slow").wait_for()
+    page.button("New chat").click()
+    page.ask("short one")
+    assert page.texts() == ["short one", "quick"]
+    go.set()
+    page.get_by_role("link", name="long one").click()
+    page.get_by_text("slow done").wait_for()
+
+
+def test_a_storage_that_is_full_is_told_and_the_page_goes_on(visit):
+    page = visit(fake(counting()))
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') } }")
+    page.ask("first")
+    page.get_by_text("The browser's storage is full").wait_for()
+    page.ask("second")
+    assert page.texts() == ["first", "answer 1", "second", "answer 2"]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_settings_reach_the_server_and_survive_a_reload(visit):
+    engine = fake(echo)
+    page = visit(engine)
+    page.ask("plain")
+    page.button("Settings").click()
+    assert page.get_by_label("Temperature").get_attribute("placeholder") == "0.6"
+    values = {"System prompt": "Be brief", "Temperature": "0.25", "Max tokens": "77", "Top-k": "5", "Top-p": "0.5",
+              "Seed": "1234"}
+    for label, value in values.items():
+        page.get_by_label(label).fill(value)
+    page.button("Save").click()
+    page.reload()
+    page.button("Send").wait_for()
+    assert "Be brief" in page.ask("again").inner_text()
+    plain, params = (request.params for request in engine.submitted)
+    assert (plain.temperature, plain.top_k, plain.max_tokens) == (0.6, 50, 512)
+    assert (params.temperature, params.top_k, params.top_p, params.seed, params.max_tokens) == (0.25, 5, 0.5, 1234, 77)
+    page.button("Settings").click()
+    page.get_by_label("Temperature").fill("3")
+    page.button("Save").click()
+    assert page.get_by_role("dialog", name="Settings").is_visible(), "a temperature of 3 must not be saved"
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_context_that_is_nearly_full_is_told(visit):
+    page = visit(fake(saying("x"), context=100))
+    page.ask("a" * 50)
+    assert page.locator("#notice").inner_text() == ""
+    page.ask("b" * 30)
+    page.get_by_text("of the model's context. A new chat has room.").wait_for()
+    error = page.ask("c" * 50).locator(".error p")
+    assert "prompt and answer must fit the context of 100 tokens" in error.evaluate("it => it.textContent")
+
+
+def test_a_refusal_is_shown_in_the_servers_words_and_tried_again(visit):
+    engine = fake(saying("fine"), refuse=UserError("the moon is in the wrong phase"))
+    page = visit(engine)
+    error = page.ask("hi").locator(".error p")
+    assert error.evaluate("it => it.textContent") == "the moon is in the wrong phase"
+    engine.refuse = None
+    page.ask("another question")
+    assert "hi" not in prompt_of(engine), "a question without an answer is left out"
+    page.button("Answer again").first.click()
+    page.get_by_text("2/2").wait_for()
+    assert page.texts() == ["hi", "fine"]
+
+
+@pytest.mark.parametrize("engine, sentence", [
+    (lambda: fake(saying("half"), failing_steps=1), "the engine failed at this request or one beside it; see the log"),
+    (lambda: fake([("text", "half"), ("finish", "error")]), "numbers that are not finite, so there is no answer"),
+], ids=["engine", "numbers"])
+def test_a_failure_is_shown_in_the_servers_words(visit, engine, sentence):
+    page = visit(engine())
+    assert sentence in page.ask("hi").locator(".error p").evaluate("it => it.textContent")
+    page.button("Try again").wait_for()
+
+
+def test_a_server_that_is_gone_is_told_and_found_again(visit):
+    page = visit(fake(counting()))
+    page.context.set_offline(True)
+    page.send("hi").get_by_text("the server cannot be reached").wait_for()
+    page.locator("#notice", has_text="the server cannot be reached").wait_for()
+    page.context.set_offline(False)
+    page.locator("#notice:empty").wait_for(state="attached")
+    page.button("Try again").click()
+    page.get_by_text("answer 1").wait_for()
+
+
+def test_a_stream_that_breaks_off_is_told(visit):
+    page = visit(fake(echo))
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        content_type="text/event-stream", body='data: {"choices":[{"delta":{"content":"half"}}]}\n\n'))
+    answer = page.ask("hi")
+    assert answer.locator(".text").inner_text() == "half"
+    assert "the connection ended before the answer did" in answer.inner_text().lower()
+
+
+def test_while_the_model_is_loaded_the_page_says_so_and_keeps_what_is_typed(visit):
+    loaded = threading.Event()
+    page = visit(lambda: loaded.wait(10) and fake(saying("ready")), ready=False)
+    page.get_by_text("the model is being loaded").wait_for()
+    page.send("early")
+    assert page.button("Send").is_disabled() and page.answers.count() == 0
+    loaded.set()
+    page.locator("#send:enabled").click()
+    page.get_by_text("ready").wait_for()
+    assert page.texts() == ["early", "ready"]
+
+
+def test_a_server_with_a_token_asks_for_it_until_it_is_right(visit):
+    page = visit(fake(saying("hello")), ready=False, token="open sesame")
+    dialog = page.get_by_role("dialog", name="This server asks for a token")
+    for token in ("wrong", "open sesame"):
+        dialog.wait_for()
+        assert "Authorization: Bearer" in dialog.inner_text()
+        dialog.locator("input").fill(token)
+        page.keyboard.press("Enter")
+    page.locator("#notice:empty").wait_for(state="attached")
+    assert not dialog.is_visible() and "hello" in page.ask("hi").inner_text()
+    page.reload()
+    page.locator("#notice:empty").wait_for(state="attached")
+    assert not dialog.is_visible()
+
+
+def test_the_page_fits_a_phone_and_its_menu_opens_and_closes(visit):
+    page = visit(fake(saying("word " * 100, "\n\n```\n" + "x" * 200 + "\n```")), PHONE)
+    page.ask("a question " * 20)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390
+               for box in (item.bounding_box() for item in page.locator("article").all()))
+    link = page.locator("#conversations a")
+    assert not link.is_visible()
+    page.button("Show conversations").click()
+    page.keyboard.press("Escape")
+    link.wait_for(state="hidden")
+    page.button("Show conversations").click()
+    page.button("New chat").click()
+    link.wait_for(state="hidden")
+    page.get_by_text("What would you like to know?").wait_for()

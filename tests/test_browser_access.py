@@ -1,0 +1,229 @@
+"""The chat page for keyboards, screen readers, dark rooms and slow readers, and the text that it makes of Markdown."""
+
+import threading
+
+import pytest
+from browser import PHONE, browser, fake, paused, saying, visit  # noqa: F401
+from fake_engine import endless
+
+MARKDOWN = """# Title
+Some **bold _both_** and *italic* with `code`, 2*3*4 and snake_case_name, [a link](https://example.com/a_(b)).
+Next line
+
+- one
+  1. first
+  2. second
+
+     more
+- two
+
+> quoted
+> still
+
+| a | b |
+|:--|--:|
+| 1 | **2** |
+
+```python
+x = "<b>"
+
+y
+```
+***
+end ** not bold, `` a ` b ``, \\*stars\\*, https://example.com/x?y=1."""
+
+HTML = """<h3>Title</h3><p>Some <strong>bold <em>both</em></strong> and <em>italic</em> with <code>code</code>, 2*3*4 and \
+snake_case_name, <a href="https://example.com/a_(b)">a link</a>.<br>Next line</p>\
+<ul><li>one<ol><li>first</li><li>second<p>more</p></li></ol></li><li>two</li></ul>\
+<blockquote><p>quoted<br>still</p></blockquote>\
+<table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><strong>2</strong></td></tr></tbody></table>\
+<pre><code>x = "&lt;b&gt;"\n\ny</code></pre><hr>\
+<p>end ** not bold, <code>a ` b</code>, *stars*, <a href="https://example.com/x?y=1">https://example.com/x?y=1</a>.</p>"""
+
+
+def test_markdown_becomes_elements_whole_and_in_pieces(visit):
+    """Rendered after every character the end is the same as at once, and blocks that are complete stay as they are."""
+    page = visit(fake(saying("x")))
+    found = page.evaluate("""async (text) => {
+        const { render } = await import("/static/markdown.js");
+        const plain = (it) => {
+            const copy = it.cloneNode(true);
+            for (const bar of copy.querySelectorAll(".bar")) bar.remove();
+            for (const box of copy.querySelectorAll(".code, .table")) box.replaceWith(...box.childNodes);
+            return copy.innerHTML.replace(/ (class|style|tabindex|role|aria-label|rel|target|start)="[^"]*"/g, "");
+        };
+        const whole = document.createElement("div"), grown = document.createElement("div");
+        render(whole, text);
+        let title;
+        for (let end = 0; end <= text.length; end++) {
+            render(grown, text.slice(0, end));
+            if (end === 40) title = grown.firstChild;
+        }
+        return [plain(whole), plain(grown), grown.firstChild === title, whole.querySelectorAll("td")[1].style.textAlign];
+    }""", MARKDOWN)
+    assert found == [HTML, HTML, True, "right"]
+
+
+def axe(page):
+    """Violations of axe-core's rules, as rule: elements."""
+    from axe_playwright_python.sync_playwright import Axe
+    violations = Axe().run(page.tab).response["violations"]
+    return {one["id"]: [node["html"] for node in one["nodes"]] for one in violations}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation_on_a_large_screen(visit, scheme):
+    engine = fake([("tool", "1+1", "2"), *saying(MARKDOWN)])
+    page = visit(engine, {"color_scheme": scheme, "reduced_motion": "reduce"})
+    assert axe(page) == {}
+    page.ask("a question")
+    page.button("Answer again").click()
+    page.get_by_text("2/2").wait_for()
+    engine.reply = lambda *_: [("finish", "error")]
+    page.ask("what fails")
+    assert axe(page) == {}
+    page.button("Settings").click()
+    assert axe(page) == {}
+
+
+def test_axe_finds_no_violation_on_a_phone(visit):
+    page = visit(fake(saying(MARKDOWN)), {**PHONE, "reduced_motion": "reduce"})
+    page.ask("a question")
+    assert axe(page) == {}
+    page.button("Show conversations").click()
+    assert axe(page) == {}
+
+
+def test_dark_follows_the_system_and_the_switch(visit):
+    page = visit(fake(saying("x")), {"color_scheme": "dark"})
+
+    def brightness():
+        return page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+
+    assert brightness() < 60
+    page.button("Switch between light and dark").click()
+    assert brightness() > 200
+    page.reload()
+    assert brightness() > 200
+    page.button("Switch between light and dark").click()
+    assert brightness() < 60
+    page.emulate_media(color_scheme="light")
+    assert brightness() > 200, "back at the system's own, the page follows it"
+
+
+def test_everything_can_be_done_by_keyboard(visit):
+    """Without a mouse: to the message box, ask, copy, edit, answer again, switch versions, rename, new chat."""
+    page = visit(fake(saying("sa", "id")))
+
+    def focused():
+        return page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent")
+
+    def tab_to(name, key="Tab"):
+        for _ in range(40):
+            if focused().strip() == name:
+                return
+            page.keyboard.press(key)
+        raise AssertionError(f"{key} never reaches {name}")
+
+    tab_to("Skip to the message box", "Shift+Tab")
+    page.keyboard.press("Enter")
+    assert focused() == "Message"
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    page.get_by_text("tokens/s").wait_for()
+    assert page.texts() == ["one\ntwo", "said"] and focused() == "Message"
+    tab_to("Answer again", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.get_by_text("2/2").wait_for()
+    tab_to("Previous version", "Shift+Tab")
+    page.keyboard.press("Space")
+    page.get_by_text("1/2").wait_for()
+    tab_to("Edit message", "Shift+Tab")
+    page.keyboard.press("Enter")
+    assert focused() == "Edit message" and page.evaluate("document.activeElement.tagName") == "TEXTAREA"
+    page.keyboard.type("!")
+    page.keyboard.press("Enter")
+    page.get_by_text("one\ntwo!").wait_for()
+    page.button("Send").wait_for()
+    tab_to("Rename one", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.type("renamed")
+    page.keyboard.press("Enter")
+    assert page.listed() == ["renamed"] and focused() == "Rename renamed"
+    page.keyboard.press("Control+Shift+O")
+    assert focused() == "Message" and page.texts() == []
+    tab_to("Settings", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog", name="Settings").wait_for()
+    page.keyboard.press("Escape")
+    assert focused() == "Settings"
+
+
+def test_the_enter_that_ends_a_composition_does_not_send(visit):
+    page = visit(fake(saying("x", "y")))
+    page.prompt.fill("にほん")
+    for options in ("isComposing: true", "keyCode: 229"):
+        page.prompt.evaluate("it => it.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, "
+                             f"cancelable: true, {options}}}))")
+    assert page.texts() == [] and page.prompt.input_value() == "にほん"
+    page.keyboard.press("Enter")
+    page.get_by_text("tokens/s").wait_for()
+    assert page.texts() == ["にほん", "xy"]
+
+
+def test_a_reader_who_scrolls_up_is_left_alone_until_he_comes_back(visit):
+    page = visit(fake(lambda *_: endless(("text", "line\n\n")), step_seconds=0.01))
+    log = page.locator("#log")
+    page.send("go on")
+
+    def height():
+        return log.evaluate("it => it.scrollHeight")
+
+    def grow():
+        before = height()
+        while height() < before + 200:
+            page.tab.wait_for_timeout(20)
+
+    while height() < 1500:
+        page.tab.wait_for_timeout(20)
+    assert log.evaluate("it => it.scrollHeight - it.clientHeight - it.scrollTop") < 60
+    log.hover()
+    page.mouse.wheel(0, -30)
+    page.button("Go to the latest message").wait_for()
+    place = log.evaluate("it => it.scrollTop")
+    grow()
+    assert log.evaluate("it => it.scrollTop") == place
+    page.button("Go to the latest message").click()
+    grow()
+    assert log.evaluate("it => it.scrollHeight - it.clientHeight - it.scrollTop") < 60
+    assert page.button("Go to the latest message").is_hidden()
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["clipboard", "plain-http"])
+def test_messages_and_code_are_copied_as_they_were_written(visit, secure):
+    page = visit(fake(saying("**bold**\n\n```js\nlet x;\n\nx++;\n```")), {"permissions": ["clipboard-read", "clipboard-write"]})
+    if not secure:
+        page.add_init_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        page.open()
+    page.ask("copy me")
+    page.answers.last.get_by_role("button", name="Copy message").click()
+    page.prompt.focus()
+    page.keyboard.press("Control+V")
+    assert page.prompt.input_value() == "**bold**\n\n```js\nlet x;\n\nx++;\n```"
+    page.button("Copy code").click()
+    page.prompt.fill("")
+    page.keyboard.press("Control+V")
+    assert page.prompt.input_value() == "let x;\n\nx++;"
+
+
+def test_screen_readers_hear_when_an_answer_begins_and_ends(visit):
+    go = threading.Event()
+    page = visit(fake(lambda *_: paused([], go, saying("said"))))
+    answer = page.send("hi")
+    answer.get_by_role("img", name="Thinking").wait_for()
+    assert page.get_by_role("log", name="Messages").get_attribute("aria-busy") == "true"
+    go.set()
+    page.locator("#status", has_text="The answer is complete").wait_for()
+    assert page.get_by_role("log", name="Messages").get_attribute("aria-live") == "polite"
