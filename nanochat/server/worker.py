@@ -84,7 +84,7 @@ class Pool:
 
     async def drain(self) -> None:
         """Take no more work, let what runs finish for a while, and cut the rest off with an error."""
-        self.state = "draining"
+        self.state = "failed" if self.failure else "draining"
         with self._changed:
             waiting = list(self._waiting)
         self._end(waiting)
