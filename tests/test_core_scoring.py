@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_engine import CONFIG, byte_tokenizer, one_thread, random_model  # noqa: F401
 
+from kernels import KernelConfig, resolve
 from nanochat.common import Runtime, UserError
 from nanochat.evals import scoring
 from nanochat.evals.results import ResponseLog, is_near_chance
@@ -63,6 +64,17 @@ def test_scores_equal_one_forward_per_row(shape, monkeypatch):
     for batch_tokens in (1, 300, 10**4):
         assert_scores(PagedScorer(model, batch_tokens).score(rows), expected)
         assert_scores(DenseScorer(model, CPU, 96, BOS, batch_tokens).score(rows), expected)
+
+
+def test_our_kernels_score_alike_with_pages_of_one_token():
+    model, rows = random_model(), items(2)
+    expected = one_by_one(model, rows)
+    ours = resolve(KernelConfig.parse("eager,paged_append=triton,paged_attention=triton"), CPU, torch.float32,
+                   model.config.shapes())
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = ours
+    assert_scores(PagedScorer(model).score(rows), expected)
 
 
 def test_greedy_continuations_are_recognized():
