@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -45,6 +46,15 @@ class Protocol(H11Protocol):
         self.next_look.cancel()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP where no answer has begun; the request it belongs to has lost its client."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        self.transport.close()
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def _look(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete
         if self.transport.is_closing():
@@ -60,7 +70,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI):
         self.pool = app.state.pool
-        super().__init__(uvicorn.Config(app, http=Protocol, log_level="error", access_log=False, server_header=False,
+        super().__init__(uvicorn.Config(app, http=Protocol, log_level="error", access_log=False, server_header=False, proxy_headers=False,
                                         timeout_graceful_shutdown=round(self.pool.settings.drain) + 2))
         self.pool.on_failure = self.stop
 
