@@ -30,6 +30,8 @@ class StrictRequest(Request):
                 async with asyncio.timeout(BODY_SECONDS):
                     while most <= MAX_BODY_BYTES:
                         message = await self.receive()
+                        if message["type"] == "http.disconnect":
+                            raise ApiError(499, "the client has left", "disconnected")
                         body += message.get("body", b"")
                         most = max(most, len(body))
                         if not message.get("more_body"):

@@ -1,0 +1,61 @@
+"""The server in a process of its own under many clients, sound and hostile ones; the bench's parts with smaller counts.
+
+What the bench found and was mended has a test of its own here.
+"""
+
+import asyncio
+
+import pytest
+from fake_engine import FakeEngine, live, until
+
+from bench import bench_server, server_fuzz
+from bench.bench_server import exchange, parse_args
+from nanochat.server import Settings, create_app
+
+
+@pytest.fixture
+def served():
+    """A server in this process, its engine and its port."""
+    engine = FakeEngine()
+    with live(create_app(lambda: engine, Settings())) as server:
+        yield server, engine, int(server.url.rpartition(":")[2])
+
+
+def test_a_body_that_breaks_off_never_reaches_the_engine(served):
+    server, engine, port = served
+    whole = server_fuzz.request("POST", server_fuzz.TEXT, {"prompt": "sound JSON, but shorter than announced"})
+    longer = whole.replace(b"Content-Length: ", b"Content-Length: 1")
+    asyncio.run(exchange(port, longer, 0.1))
+    until(lambda: not server.server_state.tasks)
+    assert engine.submitted == []
+    assert bench_server.status(asyncio.run(exchange(port, whole))) == 200 and len(engine.submitted) == 1
+
+
+@pytest.mark.parametrize("path, answered_first", [(server_fuzz.CHAT, False), ("/health", False), ("/nowhere", False),
+                                                  ("/health", True), ("/nowhere", True)])
+def test_a_request_that_ceases_to_be_http_leaves_no_traceback(served, capfd, caplog, path, answered_first):
+    server, _, port = served
+    head = server_fuzz.request("POST", path, b"", headers=("Transfer-Encoding: chunked",), length=False)
+
+    async def send() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.replace(b"Connection: close\r\n", b""))
+        first = await reader.read(5000) if answered_first else b""
+        writer.write(b"no chunk\r\n")
+        answer = first + await asyncio.wait_for(reader.read(), 10)  # it hangs up
+        writer.close()
+        return answer
+
+    assert bench_server.status(asyncio.run(send())) in (400, 404, 405)
+    until(lambda: not server.server_state.tasks)
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part, counts", [
+    ("load", ["--streams", "100", "--seconds", "4"]), ("fuzz", ["--fuzz", "1500"]), ("schema", ["--cases", "400"]),
+    ("chaos", ["--clients", "150"])], ids=lambda value: value if isinstance(value, str) else "")
+def test_no_count_of_the_bench_misses_its_goal(part, counts, figure):
+    rows = bench_server.PARTS[part](parse_args(counts))
+    figure("\n".join(map(str, rows)))
+    assert not [str(row) for row in rows if row.is_fault]
