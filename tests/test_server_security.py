@@ -37,7 +37,7 @@ def test_every_route_but_health_asks_for_the_token(guarded):
         if path == "/health":
             assert guarded.get(path).status_code == 200
             continue
-        response = guarded.request(method, path.replace("{model}", "nanochat"), json=HI)
+        response = guarded.request(method, "http://localhost" + path.replace("{model}", "nanochat"), json=HI)
         assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer", path
         assert response.json()["error"]["code"] == "invalid_api_key"
 

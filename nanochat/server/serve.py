@@ -70,7 +70,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI):
         self.pool = app.state.pool
-        super().__init__(uvicorn.Config(app, http=Protocol, log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        super().__init__(uvicorn.Config(app, http=Protocol, log_level="error", access_log=False, server_header=False,
+                                        proxy_headers=False,
                                         timeout_graceful_shutdown=round(self.pool.settings.drain) + 2))
         self.pool.on_failure = self.stop
 
