@@ -3,7 +3,9 @@
 import threading
 
 import pytest
-from browser import PHONE, browser, fake, paused, saying, visit  # noqa: F401
+from browser import PHONE, fake, paused, saying
+from browser import browser as browser
+from browser import visit as visit
 from fake_engine import endless
 
 MARKDOWN = """# Title
@@ -32,8 +34,8 @@ y
 ***
 end ** not bold, `` a ` b ``, \\*stars\\*, https://example.com/x?y=1."""
 
-HTML = """<h3>Title</h3><p>Some <strong>bold <em>both</em></strong> and <em>italic</em> with <code>code</code>, 2*3*4 and \
-snake_case_name, <a href="https://example.com/a_(b)">a link</a>.<br>Next line</p>\
+HTML = """<h3>Title</h3><p>Some <strong>bold <em>both</em></strong> and <em>italic</em> with <code>code</code>, 2*3*4 \
+and snake_case_name, <a href="https://example.com/a_(b)">a link</a>.<br>Next line</p>\
 <ul><li>one<ol><li>first</li><li>second<p>more</p></li></ol></li><li>two</li></ul>\
 <blockquote><p>quoted<br>still</p></blockquote>\
 <table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><strong>2</strong></td></tr></tbody></table>\
@@ -59,7 +61,8 @@ def test_markdown_becomes_elements_whole_and_in_pieces(visit):
             render(grown, text.slice(0, end));
             if (end === 40) title = grown.firstChild;
         }
-        return [plain(whole), plain(grown), grown.firstChild === title, whole.querySelectorAll("td")[1].style.textAlign];
+        const [, cell] = whole.querySelectorAll("td");
+        return [plain(whole), plain(grown), grown.firstChild === title, cell.style.textAlign];
     }""", MARKDOWN)
     assert found == [HTML, HTML, True, "right"]
 
@@ -71,7 +74,7 @@ def axe(page):
     return {one["id"]: [node["html"] for node in one["nodes"]] for one in violations}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_axe_finds_no_violation_on_a_large_screen(visit, scheme):
     engine = fake([("tool", "1+1", "2"), *saying(MARKDOWN)])
     page = visit(engine, {"color_scheme": scheme, "reduced_motion": "reduce"})
@@ -86,8 +89,8 @@ def test_axe_finds_no_violation_on_a_large_screen(visit, scheme):
     assert axe(page) == {}
 
 
-def test_axe_finds_no_violation_on_a_phone(visit):
-    page = visit(fake(saying(MARKDOWN)), {**PHONE, "reduced_motion": "reduce"})
+def test_axe_finds_no_violation_on_a_dark_phone(visit):
+    page = visit(fake(saying(MARKDOWN)), {**PHONE, "color_scheme": "dark", "reduced_motion": "reduce"})
     page.ask("a question")
     assert axe(page) == {}
     page.button("Show conversations").click()
@@ -151,6 +154,7 @@ def test_everything_can_be_done_by_keyboard(visit):
     page.keyboard.press("Enter")
     page.keyboard.type("renamed")
     page.keyboard.press("Enter")
+    page.get_by_role("link", name="renamed").wait_for()
     assert page.listed() == ["renamed"] and focused() == "Rename renamed"
     page.keyboard.press("Control+Shift+O")
     assert focused() == "Message" and page.texts() == []
@@ -201,9 +205,10 @@ def test_a_reader_who_scrolls_up_is_left_alone_until_he_comes_back(visit):
     assert page.button("Go to the latest message").is_hidden()
 
 
-@pytest.mark.parametrize("secure", [True, False], ids=["clipboard", "plain-http"])
+@pytest.mark.parametrize("secure", [pytest.param(True, marks=pytest.mark.slow), False], ids=["clipboard", "plain-http"])
 def test_messages_and_code_are_copied_as_they_were_written(visit, secure):
-    page = visit(fake(saying("**bold**\n\n```js\nlet x;\n\nx++;\n```")), {"permissions": ["clipboard-read", "clipboard-write"]})
+    text = "**bold**\n\n```js\nlet x;\n\nx++;\n```"
+    page = visit(fake(saying(text)), {"permissions": ["clipboard-read", "clipboard-write"]})
     if not secure:
         page.add_init_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
         page.open()
@@ -211,7 +216,7 @@ def test_messages_and_code_are_copied_as_they_were_written(visit, secure):
     page.answers.last.get_by_role("button", name="Copy message").click()
     page.prompt.focus()
     page.keyboard.press("Control+V")
-    assert page.prompt.input_value() == "**bold**\n\n```js\nlet x;\n\nx++;\n```"
+    assert page.prompt.input_value() == text
     page.button("Copy code").click()
     page.prompt.fill("")
     page.keyboard.press("Control+V")

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from browser import browser, fake, saying, visit  # noqa: F401
+from browser import browser as browser
+from browser import fake, saying
+from browser import visit as visit
 
 from nanochat.common import UserError
 from nanochat.server.static_files import FOLDER
@@ -32,7 +34,8 @@ PAYLOADS = [
     "<link rel=stylesheet href=//example.com/x.css><style>@import '//example.com/y.css';</style>",
     "<meta http-equiv=refresh content=\"0;url=https://example.com/\"><base href=https://example.com/>",
     f"<form action=\"javascript:{RUN}\"><button>x</button></form>",
-    f"<template><script>{RUN}</script></template><noscript><p title=\"</noscript><img src=x onerror={RUN}>\"></noscript>",
+    f"<template><script>{RUN}</script></template>",
+    f"<noscript><p title=\"</noscript><img src=x onerror={RUN}>\"></noscript>",
     f"\"><img src=x onerror=\"{RUN}\">",
     f"'-{RUN}-'",
     f"</textarea><script>{RUN}</script>",
@@ -59,7 +62,8 @@ PAYLOADS = [
     f"${{{RUN}}} {{{{constructor.constructor('{RUN}')()}}}} __proto__ {RUN}",
 ]
 # what the page makes by itself; whatever else is in a message came out of a text
-OURS = "article,div,p,span,b,i,button,footer,svg,use,strong,em,code,pre,a,br,ul,ol,li,table,thead,tbody,tr,th,td,h3,h4,h5,h6,blockquote,hr"
+OURS = ("article,div,p,span,b,i,button,footer,svg,use,strong,em,code,pre,a,br,ul,ol,li,table,thead,tbody,tr,th,td,h3,"
+        "h4,blockquote,hr")
 
 
 def node(i, parent, role, text, **rest):
@@ -68,7 +72,7 @@ def node(i, parent, role, text, **rest):
 
 
 def conversation_of(payloads):
-    """As it is stored: each payload as question, answer, tool call and answer, and error; and the first as the title."""
+    """As it is stored: each payload as question, answer, tool call, its answer, and error; the first as title."""
     nodes = []
     for payload in payloads:
         call = {"input": payload, "output": payload, "at": 0}
@@ -79,7 +83,7 @@ def conversation_of(payloads):
 
 def assert_harmless(page):
     assert page.evaluate("window.hacked") is None
-    strange = page.evaluate("""ours => [...document.querySelectorAll('#messages *, #conversations *, #notice *, #title *')]
+    strange = page.evaluate("""ours => [...document.querySelectorAll('main :is(#messages, #title, #notice) *, li *')]
         .filter((it) => !it.matches(ours) || [...it.attributes].some(({name, value}) =>
             name.startsWith('on') || name === 'style' && !/^(text-align: \\w+;)?$/.test(value)
             || /^(src|href|action)$/.test(name) && !/^(#|https?:)/.test(value)))
@@ -92,7 +96,7 @@ def test_there_are_at_least_40_payloads():
     assert len(set(PAYLOADS)) >= 40
 
 
-@pytest.mark.parametrize("policy", [True, False], ids=["policy", "no-policy"])
+@pytest.mark.parametrize("policy", [pytest.param(True, marks=pytest.mark.slow), False], ids=["policy", "no-policy"])
 def test_no_payload_runs_as_question_answer_tool_call_error_or_title(visit, policy):
     """Without the content security policy as well: it is the second line, not the first."""
     page = visit(fake(saying("x")), {"bypass_csp": not policy})
@@ -107,11 +111,11 @@ def test_no_payload_runs_as_question_answer_tool_call_error_or_title(visit, poli
     assert page.title().startswith("<script>")
     assert page.locator("#messages a").count() > 0
     assert_harmless(page)
-    assert all(link.get_attribute("rel") == "noopener noreferrer nofollow" for link in page.locator("#messages a").all())
+    assert page.locator("#messages a:not([rel='noopener noreferrer nofollow'])").count() == 0
 
 
 def test_no_payload_runs_while_it_streams_or_as_the_servers_error(visit):
-    """All of them, a few characters an event, so that every prefix is on the page for a while."""
+    """One in six, four characters an event, so that every prefix may be on the page; the slow test takes them all."""
     texts = iter(PAYLOADS[::6])
     engine = fake(lambda *_: saying(*(text[i:i + 4] for text in [next(texts)] for i in range(0, len(text), 4))),
                   step_seconds=0, context=100_000)
@@ -197,7 +201,6 @@ def test_markdown_of_any_shape_is_shown_without_stalling(visit):
             return (performance.now() - start) / 1000;
         });
     }""", texts)
-    print(seconds)
     assert max(seconds) < 5, "30 kB take about 0.05 s; work that grows faster than the text would take minutes"
 
 

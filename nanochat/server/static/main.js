@@ -117,7 +117,6 @@ const actions = {
 };
 
 function go(id) {
-  keepDraft();
   current = id && store.get(id) ? id : null;
   if (location.hash.slice(1) !== (current ?? "")) history.pushState(null, "", current ? `#${current}` : location.pathname);
   prompt.value = recall(draftKey(), "sessionStorage") ?? "";
@@ -261,7 +260,6 @@ addEventListener("keydown", (event) => {
 });
 addEventListener("popstate", () => go(location.hash.slice(1)));
 addEventListener("pagehide", () => {
-  keepDraft();
   for (const [id, { node }] of running) store.put(id, node);
 });
 narrow.onchange = () => openMenu(false);
