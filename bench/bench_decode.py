@@ -162,7 +162,7 @@ class Cell:
         requests = [engine.submit(prompt, params) for prompt in self.prompts]
         while not all(request.done for request in requests):
             rows = engine.running
-            if len(rows) == self.batch and all(row.pending == 1 and not row.is_prefill for row in rows):
+            if len(rows) == self.batch and all(row.pending == 1 for row in rows):
                 together(engine.step)
             else:
                 engine.step()
@@ -240,6 +240,7 @@ def load_jobs(n: int, context: int, vocab_size: int, seed: int) -> list[decode_l
 
 
 def load_row(name: str, mode: str, traces: list[decode_load.Trace], args: argparse.Namespace, **setting) -> dict:
+    """Return the figures of a load; median_s and mad_s are TPOT's over its requests."""
     found = decode_load.figures(traces, args.slo_ttft, args.slo_tpot)
     median, mad = harness.median_and_mad([trace.tpot for trace in traces])
     return {"key": f"decode/{name}/{mode}", "mode": mode, "median_s": median, "mad_s": mad, **setting, **found}
@@ -341,6 +342,7 @@ def measure(args: argparse.Namespace, device: torch.device, keep: Callable[[dict
     how = "-".join(["graphs" if probe.runner.graphs else "eager", *(["compiled"] if args.compiled else []),
                     *(["overlap"] if args.overlap else []), *(["invariant"] if args.batch_invariant else [])])
     del probe
+    harness.free_memory()
     about = {"model": f"{args.stage or 'random'} d{model.config.n_layer}", "how": how, "kv": args.kv,
              "dtype": str(model.dtype).removeprefix("torch."), "kernels": dict(model.kernels.names)}
     name = f"{args.stage or ''}d{model.config.n_layer}/{args.kernels}/{args.kv}/{how}"
@@ -366,7 +368,7 @@ def measure(args: argparse.Namespace, device: torch.device, keep: Callable[[dict
     if "ratio" in args.parts:
         prompts = bench_engine.task_prompts(tokenizer) if args.stage else bench_engine.mixed_prompts(
             model.config.vocab_size)
-        found["ratio"] = bench_engine.compare(model, tokenizer, prompts, 48, args.rounds)
+        found["ratio"] = bench_engine.compare(model, tokenizer, prompts, args.tokens, args.rounds)
     return found
 
 
