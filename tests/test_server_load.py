@@ -10,7 +10,10 @@ from fake_engine import FakeEngine, live, until
 
 from bench import bench_server, server_fuzz
 from bench.bench_server import exchange, parse_args
+from nanochat.engine import SamplingParams
 from nanochat.server import Settings, create_app
+from nanochat.server.job import Job
+from nanochat.server.worker import SLICE, STEPS_AHEAD, Pool
 
 
 @pytest.fixture
@@ -49,6 +52,23 @@ def test_a_request_that_ceases_to_be_http_leaves_no_traceback(served, capfd, cap
     assert bench_server.status(asyncio.run(send())) in (400, 404, 405)
     until(lambda: not server.server_state.tasks)
     assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_no_step_overtakes_another_on_its_way_to_the_streams():
+    """While the first step's news is passed on in slices the second's arrives, where jobs have moved up."""
+    async def story() -> None:
+        pool = Pool([FakeEngine], Settings())
+        pool._loop = asyncio.get_running_loop()
+        (worker,) = pool.workers
+        jobs = [Job([[1]], SamplingParams(), 10**6) for _ in range(2 * SLICE + 1)]
+        for step, present in enumerate((jobs, jobs[SLICE:])):
+            worker._deliver([(job, [(0, (step,))], []) for job in present])
+        while worker.ahead._value < STEPS_AHEAD:
+            await asyncio.sleep(0)
+        assert [list(job._events) for job in jobs] == [
+            [(0, (step,)) for step in ((0, 1) if i >= SLICE else (0,))] for i in range(len(jobs))]
+
+    asyncio.run(asyncio.wait_for(story(), 10))
 
 
 @pytest.mark.slow

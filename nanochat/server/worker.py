@@ -25,6 +25,8 @@ SLICE = 32  # jobs; writing an event to each takes 3 ms
 STOP_SECONDS = 5.0
 ENGINE_FAILED = ApiError(503, "the engine failed at this request or one beside it; see the log", "engine_error")
 
+News = list[tuple[Job, list[Event], list[Completion]]]  # of a step
+
 log = logging.getLogger("nanochat.server")
 
 
@@ -181,6 +183,7 @@ class Worker(threading.Thread):
         self.load = 0  # choices in the engine
         self.stopping = False
         self.ahead = threading.Semaphore(STEPS_AHEAD)
+        self.arrived: deque[News] = deque()  # of steps, in the event loop
 
     @property
     def has_room(self) -> bool:
@@ -253,7 +256,7 @@ class Worker(threading.Thread):
             return False
         return True
 
-    def _deliver(self, news: list[tuple[Job, list[Event], list[Completion]]]) -> None:
+    def _deliver(self, news: News) -> None:
         if news:
             self.ahead.acquire()
             if not self.pool.call(self._delivered, news):
@@ -261,16 +264,27 @@ class Worker(threading.Thread):
 
     # --- in the event loop ---
 
-    def _delivered(self, news: list[tuple[Job, list[Event], list[Completion]]]) -> None:
-        """Pass the news on, to a few jobs at a time: between two slices the loop answers everybody else."""
+    def _delivered(self, news: News) -> None:
+        self.arrived.append(news)
+        if len(self.arrived) == 1:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give the oldest step's news to a few jobs: between two slices the loop answers everybody else.
+
+        No step overtakes another: jobs change their place in the list when one before them ends.
+        """
+        news = self.arrived[0]
         for job, events, completions in news[:SLICE]:
             job.receive(events, completions)
             if job.done:
                 self.pool.jobs.discard(job)
-        if news[SLICE:]:
-            self.pool.call(self._delivered, news[SLICE:])
-        else:
+        del news[:SLICE]
+        if not news:
+            self.arrived.popleft()
             self.ahead.release()
+        if self.arrived:
+            self.pool.call(self._pass_on)
 
     def _fail(self, job: Job, error: ApiError) -> None:
         job.fail(error)
