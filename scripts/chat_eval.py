@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, close_runtime, init_runtime, print0, run_script
 from nanochat.engine import Engine, SamplingParams
+from nanochat.engine.flags import add_engine_flags, engine_options
 from nanochat.evals.chat import (
     CHAT_CORE,
     CHAT_CORE_TASKS,
@@ -41,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-i", "--stage", dest="stage_flag", choices=list(TITLES), help="the same as a flag")
     add_checkpoint_flags(parser)
     add_device_flags(parser)
+    add_engine_flags(parser)
     parser.add_argument("-a", "--tasks", "--task-name", default=None, help="task names with | or commas between; "
                         "default: the generated ones for a model that was tuned on those, else "
                         + "|".join(CHAT_CORE_TASKS))
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer, state = load_model(args.stage, device=runtime.device, kernels=args.kernels, dtype=args.dtype,
                                          depth=args.depth, step=args.step)
     tasks = tasks or _tasks(default_tasks(state), args)
-    engine = Engine(model, tokenizer, tools=args.tools, max_batch=args.device_batch_size)
+    engine = Engine(model, tokenizer, tools=args.tools, max_batch=args.device_batch_size, **engine_options(args))
     scorer = PagedScorer(engine.model)
     results = []
     for task in tasks:

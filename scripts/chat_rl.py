@@ -7,6 +7,7 @@ import argparse
 
 from nanochat.common import UserError, close_runtime, init_runtime, print0, run_script
 from nanochat.engine import Engine
+from nanochat.engine.flags import add_engine_flags, engine_options
 from nanochat.metrics import metrics_path, rows_until
 from nanochat.report import Report
 from nanochat.rl import (
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "answers each")
     parser.add_argument("--permute-advantages", action="store_true",
                         help="control: shuffle the advantages over a step's answers; nothing must be learned")
+    add_engine_flags(parser)
     add_training_flags(parser, device_batch_size=8, lr_scale=0.05, eval_every=60, save_every=60)
     return parser.parse_args(argv)
 
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     train_task, val_task = (
         FittingProblems(make_task(args.task, split, size, seed), tokenizer, model.config.sequence_len)
         for split, size, seed in (("train", args.problems, TASK_SEED), ("val", args.eval_problems, 0)))
-    engine = Engine(model, tokenizer, max_batch=args.rollout_batch_size)
+    engine = Engine(model, tokenizer, max_batch=args.rollout_batch_size, **engine_options(args))
 
     def evaluate(step: int) -> dict:
         passed = evaluate_pass_at_k(val_task, engine, settings, runtime)
@@ -63,7 +65,8 @@ def main(args: argparse.Namespace) -> None:
 
     schedule = Schedule(_num_steps(args, len(train_task)), warmdown=1.0, momentum_steps=0)
     identity = {"source": f"{args.source} step {source_state['step']}", "source_weights": source_state["weights"],
-                "task": train_task.name, "problems": len(train_task), **rollout_identity(settings)}
+                "task": train_task.name, "problems": len(train_task), **rollout_identity(settings),
+                **engine_options(args)}
     trainer = make_trainer("rl", model, tokenizer, runtime, schedule, args, identity=identity, evaluate=evaluate)
     finished = trainer.restore(args.resume)
     batches = RolloutBatches(train_task, engine, settings, args.device_batch_size, runtime, trainer.data_state)

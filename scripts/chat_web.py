@@ -26,7 +26,7 @@ from scripts.chat_cli import CHAT_STAGES, newest_stage
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve a trained model in the browser and to OpenAI's clients.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; one that others reach needs a token")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at, 0: any that is free")
     parser.add_argument("--token", default=os.environ.get("NANOCHAT_TOKEN"),
                         help="what clients must send as `Authorization: Bearer ...`; default: $NANOCHAT_TOKEN")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME",

@@ -41,7 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=positive(int), default=8, help="GPUs in all; over 8 means several nodes")
     parser.add_argument("--gpu", default="h100", help="kind of GPU: " + ", ".join(g["name"] for g in known_gpus()))
     parser.add_argument("--memory-gib", type=positive(float), default=None, help="memory of one GPU")
-    parser.add_argument("--dollars-per-gpu-hour", type=positive(float), default=None)
+    parser.add_argument("--dollars-per-gpu-hour", type=positive(float), default=None,
+                        help="price of one GPU; default: nanochat's, where it has one")
     parser.add_argument("--micro-batch", action="store_true", help="print only the rows that fit a GPU, for scripts")
     args = parser.parse_args(argv)
     if args.micro_batch and args.depth is None:
