@@ -1,6 +1,6 @@
 """Take the README's pictures of the chat page: a running server, Chromium, and questions asked by typing them.
 
-    python -m scripts.chat_web &
+    python -m scripts.chat_web --temperature 0 &
     python -m scripts.screenshots                                # docs/chat-light.png, chat-dark.png, chat-phone.png
 """
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from nanochat.common import UserError, run_script
 
-QUESTIONS = ["Who are you?", "How do you spell strawberry?", "What is 37 + 85?"]
-LARGE = {"viewport": {"width": 1200, "height": 750}}
+QUESTIONS = ["Who are you?", "What is 37 + 85?"]
+LARGE = {"viewport": {"width": 1000, "height": 560}}
 PICTURES = {
     "light": LARGE,
     "dark": {**LARGE, "color_scheme": "dark"},
-    "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
+    "phone": {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True},
 }
 ANSWER_MS = 120_000
 
@@ -49,10 +49,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def take(page, url: str, questions: list[str], path: Path) -> None:
-    """Ask the questions, each in a conversation of its own, and photograph the page with the last."""
+    """Ask the questions, one after the other in one conversation, and photograph the page."""
     page.goto(url)
     for question in questions:
-        page.keyboard.press("Control+Shift+O")
         page.get_by_role("textbox", name="Message", exact=True).fill(question)
         page.get_by_role("button", name="Send").click()
         page.get_by_role("button", name="Stop").wait_for(timeout=ANSWER_MS)

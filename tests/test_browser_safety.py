@@ -130,19 +130,22 @@ def test_no_payload_runs_while_it_streams_or_as_the_servers_error(visit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
-def test_each_payload_alone_is_harmless_in_a_stream_and_in_a_file(visit, payload, tmp_path):
-    page = visit(fake(saying(*payload), step_seconds=0), {"bypass_csp": True})
-    page.ask(payload)
-    page.button("Settings").click()
-    file = {"format": "nanochat conversations", "version": 1, "conversations": [conversation_of([payload])]}
-    (tmp_path / "file.json").write_text(json.dumps(file), encoding="utf-8")
-    page.locator("#file").set_input_files(tmp_path / "file.json")
-    page.get_by_text("Imported 1").wait_for()
-    page.keyboard.press("Escape")
-    page.locator(f"#conversations a[href='#{'f' * 16}']").click()
-    page.locator(".error").wait_for()
-    assert_harmless(page)
+def test_each_payload_alone_is_harmless_in_a_stream_and_in_a_file(visit, tmp_path):
+    texts = iter(PAYLOADS)
+    page = visit(fake(lambda *_: saying(*next(texts)), step_seconds=0, context=10_000), {"bypass_csp": True})
+    for i, payload in enumerate(PAYLOADS):
+        page.button("New chat").click()
+        page.ask(payload)
+        assert_harmless(page)
+        one = {**conversation_of([payload]), "id": f"{i:016x}"}
+        (tmp_path / "file.json").write_text(exported(one), encoding="utf-8")
+        page.button("Settings").click()
+        page.locator("#file").set_input_files(tmp_path / "file.json")
+        page.get_by_text("Imported 1").wait_for()
+        page.keyboard.press("Escape")
+        page.locator(f"#conversations a[href='#{one['id']}']").click()
+        page.locator(".error").wait_for()
+        assert_harmless(page)
 
 
 FILES = {

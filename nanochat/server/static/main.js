@@ -16,12 +16,23 @@ const prompt = $("prompt");
 const narrow = matchMedia("(max-width: 760px)");
 let current = null;  // id of the conversation on the page, null for one that is yet to begin
 let model = null;  // once the server is ready
+let connecting = false;
 let trouble = "The server is being asked…";  // why nothing can be sent
 
 // --- asking the server ---
 
 /** Wait until the server is ready, telling why it is not. */
 async function connect() {
+  if (connecting) return;
+  connecting = true;
+  try {
+    await ready();
+  } finally {
+    connecting = false;
+  }
+}
+
+async function ready() {
   for (let wait = 300; ; wait = Math.min(wait * 1.5, 3000)) {
     try {
       await api.health();
@@ -207,6 +218,7 @@ function openMenu(open) {
 $("composer").onsubmit = (event) => {
   event.preventDefault();
   const text = prompt.value.trim();
+  if (trouble) connect();  // who has refused to give a token is asked again
   if (!text || running.has(current) || trouble) return;
   prompt.value = "";
   keepDraft();
