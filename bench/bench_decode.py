@@ -339,13 +339,14 @@ def measure(args: argparse.Namespace, device: torch.device, keep: Callable[[dict
     card = roof.card(args.batch_sizes, args.contexts)
     print(describe_card(card, str(model.dtype).removeprefix("torch."), args.kv), flush=True)
     probe = Engine(model, tokenizer, tools="off", max_batch=1, n_pages=1, **options)  # refuses what cannot be here
-    how = "-".join(["graphs" if probe.runner.graphs else "eager", *(["compiled"] if args.compiled else []),
-                    *(["overlap"] if args.overlap else []), *(["invariant"] if args.batch_invariant else [])])
+    switches = {"graphs": probe.runner.graphs, "compiled": args.compiled, "overlap": args.overlap,
+                "invariant": args.batch_invariant}
+    how = "-".join(name for name, on in switches.items() if on) or "eager"
     del probe
     harness.free_memory()
     about = {"model": f"{args.stage or 'random'} d{model.config.n_layer}", "how": how, "kv": args.kv,
              "dtype": str(model.dtype).removeprefix("torch."), "kernels": dict(model.kernels.names)}
-    name = f"{args.stage or ''}d{model.config.n_layer}/{args.kernels}/{args.kv}/{how}"
+    name = f"{about['model'].replace(' ', '-')}/{args.kernels}/{args.kv}/{how}"
     print(f"{about['model']}, {model.kernels.describe()}; {how}, KV {args.kv}", flush=True)
     found = {**about, "roof": card, "rows": [], "left_out": [], "ratio": None}
 
@@ -439,9 +440,10 @@ def measure_loads(args: argparse.Namespace, model: GPT, tokenizer, name: str, op
         print(describe_load(row), flush=True)
 
 
-def bench_decode(device, keep):
+def bench_decode(device, benchmark, keep):
     """For `pytest bench/`: the default run."""
-    assert not measure(parse_args([]), device, keep, print)["left_out"]
+    found = benchmark.pedantic(measure, args=(parse_args([]), device, keep, print))
+    assert not found["left_out"]
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_a_run_prints_the_roof_then_tables_and_a_line_of_json(tmp_path, capsys):
         str(path))
     said = capsys.readouterr().out
     found, rows = json.loads(said.splitlines()[-1]), results.load(path)["rows"]
-    name = "decode/d1/auto/auto/eager"
+    name = "decode/random-d1/auto/auto/eager"
     assert list(rows) == [f"{name}/b1/c24", f"{name}/b3/c24", f"{name}/closed", f"{name}/poisson"]
     assert [row["key"] for row in found["rows"]] == list(rows) and found["bench"] == "decode"
     for row in rows.values():
@@ -119,13 +119,13 @@ def test_a_cell_that_breaks_is_left_out_and_fails_the_run_after_the_others(tmp_p
     with pytest.raises(UserError, match="b1 c24 was left out: OutOfMemoryError: no room"):
         run("--parts", "steps", "--rows", str(path))
     found = results.load(path)
-    assert list(found["rows"]) == ["decode/d1/auto/auto/eager/b3/c24"] and len(found["notes"]) == 1
+    assert list(found["rows"]) == ["decode/random-d1/auto/auto/eager/b3/c24"] and len(found["notes"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["left_out"] == found["notes"]
 
 
 def test_a_row_slower_than_the_baseline_fails_the_run(tmp_path):
     rows = results.Results(None, {"gpu": "CPU"})
-    rows.add({"key": "decode/d1/auto/auto/eager/b3/c24", "median_s": 1e-9, "mad_s": 0.0})
+    rows.add({"key": "decode/random-d1/auto/auto/eager/b3/c24", "median_s": 1e-9, "mad_s": 0.0})
     results.update_baseline(rows, tmp_path)
     with pytest.raises(UserError, match="b3/c24: .* slower than the baseline's"):
         run("--parts", "steps", "--baselines", str(tmp_path))
