@@ -111,7 +111,9 @@ function send(text) {
 }
 
 const actions = {
+  refresh,
   edit(node, text) {
+    if (running.has(current)) return;
     const changed = { ...node, id: store.newId(), text };
     store.put(current, changed);
     prompt.focus();

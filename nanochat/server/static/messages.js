@@ -10,11 +10,12 @@ let editing = null;  // id of the message that is being edited
 
 /** Show a conversation, or the welcome for null. live: the node that is being written here, or undefined.
  *
- *  actions: edit(node, text), again(node), pick(node). limit: tokens of the model's context, if known. */
+ *  actions: edit(node, text), again(node), pick(node), refresh(). limit: tokens of the model's context, if known. */
 export function show(conversation, live, actions, limit) {
   const nodes = conversation ? path(conversation) : [];
   if (!nodes.some((node) => node.id === editing)) editing = null;
-  const wanted = nodes.map((node) => messageOf(node.id === live?.id ? live : node, conversation, live, actions, limit));
+  const wanted = nodes.map((node) => node.id === live?.id ? messageOf(live, [live], true, actions, limit)
+    : messageOf(node, siblings(conversation, node), false, actions, limit));
   for (const [id, made] of built) if (!wanted.includes(made)) built.delete(id);
   let at = messages.firstChild;
   for (const made of wanted) {  // moving an element would take its focus away
@@ -22,6 +23,7 @@ export function show(conversation, live, actions, limit) {
     else messages.insertBefore(made, at);
   }
   while (at) [at] = [at.nextSibling, at.remove()];
+  for (const button of messages.querySelectorAll("[data-change]")) button.disabled = Boolean(live);
   $("welcome").hidden = nodes.length > 0;
   log.setAttribute("aria-busy", String(Boolean(live)));
   follow();
@@ -34,33 +36,28 @@ export function update(node) {
   follow();
 }
 
-function messageOf(node, conversation, live, actions, limit) {
-  const branches = siblings(conversation, node);
-  const isLive = node.id === live?.id;
-  const signature = JSON.stringify([isLive || node, branches.map((one) => one.id), editing === node.id, Boolean(live), limit]);
+function messageOf(node, branches, isLive, actions, limit) {
+  const signature = JSON.stringify([isLive || node, branches.map((one) => one.id), editing === node.id, limit]);
   const before = built.get(node.id);
   if (before?.signature === signature) return before;
   const user = node.role === "user";
   const made = element("article", { className: `message ${node.role}`, "aria-label": user ? "You" : "nanochat" });
   made.signature = signature;
-  if (editing === node.id) made.append(editor(node, conversation, live, actions, limit));
-  else made.append(...(user ? [element("div", { className: "bubble" }, node.text)] : answer(node, isLive, actions, live)),
-    footer(node, branches, isLive, () => {
-      editing = node.id;
-      show(conversation, live, actions, limit);
-      messages.querySelector(".editor textarea").focus();
-    }, live, actions, limit));
+  if (editing === node.id) made.append(editor(node, actions));
+  else {
+    const said = user ? [element("div", { className: "bubble" }, node.text)] : answer(node, isLive, actions);
+    made.append(...said, isLive ? element("footer") : footer(node, branches, actions, limit));
+  }
   built.set(node.id, made);
   return made;
 }
 
-function answer(node, isLive, actions, live) {
+function answer(node, isLive, actions) {
   const text = element("div", { className: "text" });
   showText(text, node, isLive);
   if (node.state !== "failed") return [text];
-  const error = element("div", { className: "error", role: "alert" }, element("p", {}, node.error));
-  if (!live) error.append(element("button", { type: "button", onclick: () => actions.again(node) }, "Try again"));
-  return [text, error];
+  const again = element("button", { type: "button", onclick: () => actions.again(node), "data-change": "" }, "Try again");
+  return [text, element("div", { className: "error", role: "alert" }, element("p", {}, node.error), again)];
 }
 
 function showText(text, node, isLive = true) {
@@ -74,27 +71,35 @@ function toolCall({ input, output }) {
     element("strong", {}, output ?? "refused"));
 }
 
-function footer(node, branches, isLive, edit, live, actions, limit) {
+function footer(node, branches, actions, limit) {
   const made = element("footer");
-  if (isLive) return made;
-  if (branches.length > 1) made.append(switcher(node, branches, live, actions));
+  const change = (name, label, onclick) => {
+    const button = iconButton(name, label, onclick);
+    button.dataset.change = "";  // nothing can be changed while an answer is written
+    return button;
+  };
+  if (branches.length > 1) made.append(switcher(node, branches, actions, change));
   if (node.text) made.append(copyButton("Copy message", () => node.text));
-  if (node.role === "user") made.append(iconButton("edit", "Edit message", edit));
-  else made.append(iconButton("again", "Answer again", () => actions.again(node)), facts(node, limit));
-  for (const button of made.querySelectorAll("[aria-label^=Edit], [aria-label^=Answer]")) button.disabled = Boolean(live);
+  if (node.role === "user") made.append(change("edit", "Edit message", () => {
+    editing = node.id;
+    actions.refresh();
+    messages.querySelector(".editor textarea").focus();
+  }));
+  else made.append(change("again", "Answer again", () => actions.again(node)), facts(node, limit));
   return made;
 }
 
-function switcher(node, branches, live, actions) {
+function switcher(node, branches, actions, change) {
   const at = branches.findIndex((one) => one.id === node.id);
   const button = (name, label, to) => {
-    const made = iconButton(name, label, () => {
+    if (branches[to]) return change(name, label, () => {
       actions.pick(branches[to]);
       const now = built.get(branches[to].id);
-      (now?.querySelector(`[aria-label="${label}"]:enabled`) ?? now?.querySelector(".switcher button:enabled"))?.focus();
+      (now.querySelector(`[aria-label="${label}"]:enabled`) ?? now.querySelector(".switcher button:enabled")).focus();
     });
-    made.disabled = Boolean(live) || !branches[to];
-    return made;
+    const none = iconButton(name, label);
+    none.disabled = true;
+    return none;
   };
   return element("span", { className: "switcher", role: "group", "aria-label": "Versions" },
     button("left", "Previous version", at - 1), element("span", {}, `${at + 1}/${branches.length}`),
@@ -117,26 +122,23 @@ export const count = (number) => number.toLocaleString("en");
 const duration = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 const significant = (number) => (number >= 100 ? count(Math.round(number)) : number.toPrecision(2));
 
-function editor(node, conversation, live, actions, limit) {
+function editor(node, actions) {
   const area = element("textarea", { value: node.text, "aria-label": "Edit message", rows: 1 });
-  const close = (focus = true) => {
+  const cancel = () => {
     editing = null;
-    show(conversation, live, actions, limit);
-    if (focus) built.get(node.id)?.querySelector("[aria-label='Edit message']")?.focus();
+    actions.refresh();
+    built.get(node.id)?.querySelector("[aria-label='Edit message']")?.focus();
   };
   const form = element("form", { className: "editor", onsubmit: (event) => {
     event.preventDefault();
-    const text = area.value.trim();
-    if (!text || live) return;
-    editing = null;
-    actions.edit(node, text);
+    if (area.value.trim()) actions.edit(node, area.value.trim());
   } }, area, element("div", { className: "buttons" },
-    element("button", { type: "button", onclick: () => close() }, "Cancel"),
-    element("button", { type: "submit", className: "strong" }, "Send")));
+    element("button", { type: "button", onclick: cancel }, "Cancel"),
+    element("button", { type: "submit", className: "strong", "data-change": "" }, "Send")));
   area.onkeydown = (event) => {
     if (event.key === "Escape") {
       event.stopPropagation();
-      close();
+      cancel();
     } else submitOnEnter(event, form);
   };
   area.oninput = () => fit(area);

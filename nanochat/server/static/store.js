@@ -44,7 +44,7 @@ function read(id) {
   return known.get(id);
 }
 
-/** Store a conversation; returns whether there was room. */
+/** Store a conversation, or keep it for as long as the page lives where there is no room. */
 function write(conversation) {
   known.set(conversation.id, conversation);
   try {
