@@ -10,7 +10,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( {1,4}(?=\S)|$)/;
 const ROW_OF_DASHES = /^ *\|?( *:?-+:? *\|)+ *(:?-+:? *)?$/;
 const INLINE = /\\[!-/:-@[-`{-~]|`+|\*+|_+|\[|https?:\/\/[^\s<>"'`*\\]+|\n/g;
-const LINK = /\[([^[\]\n]{1,500})\]\(<?(https?:\/\/[^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?: +"[^"\n]*")?\)/y;
+const LINK = /\[([^[\]\n]{1,500})\]\(<?([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?: +"[^"\n]*")?\)/y;
 const DEEPEST = 8;
 const CHIPS = /[\uE000-\uF8FF]/g;  // private-use characters stand for elements; a model's own become U+FFFD
 
