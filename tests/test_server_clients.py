@@ -1,8 +1,6 @@
 """OpenAI's own client against the server with a real, tiny model: both modes, errors, and answers that do not depend
 on who else asks."""
 
-import itertools
-import json
 import threading
 
 import openai
@@ -214,36 +212,3 @@ def test_a_client_that_closes_its_stream_frees_the_pages(serving):
     stream = create(client, stream=True, max_tokens=60, extra_body={"ignore_eos": True})
     next(stream)
     stream.close()  # the fixture checks the pages
-
-
-# --- the schema -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_server_keeps_to_its_schema():
-    """schemathesis makes up requests from /openapi.json, sound and unsound ones, and judges the answers."""
-    import hypothesis
-    import requests
-    import schemathesis
-    from schemathesis.specs.openapi.checks import positive_data_acceptance
-
-    statuses = []
-    with live(create_app(FakeEngine, Settings())) as server:
-        schema = schemathesis.openapi.from_dict(requests.get(f"{server.url}/openapi.json", timeout=10).json())
-        schema.config.base_url = server.url
-        session = requests.Session()
-
-        def check(case):
-            response = case.call(session=session)
-            statuses.append(response.status_code)
-            # What the schema cannot say - turns, what fits the context - makes some sound requests a 400.
-            case.validate_response(response, excluded_checks=[positive_data_acceptance])
-            if response.status_code >= 400:
-                assert set(json.loads(response.content)["error"]) == {"message", "type", "param", "code"}
-
-        limits = hypothesis.settings(max_examples=40, deadline=None, database=None, derandomize=True,
-                                     suppress_health_check=list(hypothesis.HealthCheck))
-        posts = [operation.ok() for operation in schema.get_all_operations() if operation.ok().method == "post"]
-        for operation, mode in itertools.product(posts, schemathesis.GenerationMode):
-            limits(hypothesis.given(operation.as_strategy(generation_mode=mode))(check))()
-    assert statuses.count(200) > 20 and statuses.count(400) > 20 and max(statuses) < 500

@@ -73,7 +73,7 @@ def test_no_step_overtakes_another_on_its_way_to_the_streams():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part, counts", [
-    ("load", ["--streams", "100", "--seconds", "4"]), ("fuzz", ["--fuzz", "1500"]), ("schema", ["--cases", "400"]),
+    ("load", ["--streams", "100", "--seconds", "3"]), ("fuzz", ["--fuzz", "1500"]), ("schema", ["--cases", "200"]),
     ("chaos", ["--clients", "150"])], ids=lambda value: value if isinstance(value, str) else "")
 def test_no_count_of_the_bench_misses_its_goal(part, counts, figure):
     rows = bench_server.PARTS[part](parse_args(counts))
