@@ -20,5 +20,7 @@ bash scripts/setup.sh --tests
 PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 .venv/bin/python -m ruff check --quiet .
 cargo test --quiet --manifest-path rustbpe/core/Cargo.toml
+command -v chromium chromium-browser google-chrome >/dev/null ||
+    echo "Chromium is missing, so the chat page is not tested: apt-get install chromium"
 case " $* " in *" -m gpu "*) processes=0 ;; *) processes=2 ;; esac
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest -q -n "$processes" --dist loadfile --durations=10 -m "$which_tests" ${arguments[@]+"${arguments[@]}"}
