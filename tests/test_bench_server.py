@@ -1,10 +1,13 @@
 """What the server's bench makes of what it sees: it must be able to fail."""
 
 import pytest
+from fake_engine import FakeEngine, live
 
 from bench import bench_server, server_fuzz
 from bench.bench_server import Row, said, status
 from nanochat.common import UserError
+from nanochat.server import Settings, create_app
+from nanochat.server.answers import Answer
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 EVENTS = b'data: {"content":"a\\"b "}\n\ndata: {"content":"\\u00e9"}\n\n'
@@ -55,3 +58,11 @@ def test_a_request_is_as_long_as_it_says():
     head, _, body = whole.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /x HTTP/1.1\r\nHost: ") and head.endswith(b"\r\nX: 1")
     assert f"Content-Length: {len(body)}\r\n".encode() in head
+
+
+@pytest.mark.slow
+def test_an_answer_that_breaks_the_schema_is_a_violation(monkeypatch):
+    monkeypatch.setattr(Answer, "usage", lambda self: {"prompt_tokens": "many"})
+    with live(create_app(FakeEngine, Settings())) as server:
+        statuses, violations = bench_server.schema_cases(server.url, 40)
+    assert 0 < len(violations) <= statuses.count(200) and len(statuses) >= 40
