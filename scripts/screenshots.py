@@ -24,7 +24,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Take the README's pictures of the chat page.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where scripts.chat_web serves")
     parser.add_argument("--ask", action="append", metavar="QUESTION", help=f"may be repeated; default: {QUESTIONS}")
-    parser.add_argument("--folder", type=Path, default=Path("docs"))
+    parser.add_argument("--folder", type=Path, default=Path("docs"), help="where the pictures go")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser's program")
     return parser.parse_args(argv)
 

@@ -43,7 +43,7 @@ def visit(browser):
             factory = engine if callable(engine) else lambda: engine
             server = stack.enter_context(live(create_app(factory, Settings(**settings)), loaded=ready))
             context = browser.new_context(**(options or {}))
-            context.set_default_timeout(10_000)
+            context.set_default_timeout(30_000)  # a page's turn comes late beside other tests
             stack.callback(context.close)
             page = Page(context, server.url)
             stack.callback(page.assert_clean)
