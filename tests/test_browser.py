@@ -376,6 +376,7 @@ def test_while_the_model_is_loaded_the_page_says_so_and_keeps_what_is_typed(visi
 def test_a_server_with_a_token_asks_for_it_until_it_is_right(visit):
     page = visit(fake(saying("hello")), ready=False, token="open sesame")
     dialog = page.get_by_role("dialog", name="This server asks for a token")
+    dialog.wait_for()
     page.keyboard.press("Escape")
     page.locator("#notice", has_text="asks for its token").wait_for()
     page.send("asked again")
