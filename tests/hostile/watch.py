@@ -237,21 +237,33 @@ def fork() -> int:
 
 
 def become_nobody() -> None:
-    """Give up root for uid 65534. An interpreter in a folder of root's alone is first made reachable, in a mount
-    namespace of this process: a readable folder of the same name, with the interpreter's bound into it."""
-    prefix = os.path.realpath(sys.base_prefix)
-    closed = [path for path in Path(prefix, "x").parents if not path.stat().st_mode & 0o001]
+    """Give up root for uid 65534. An interpreter or a checkout in a folder of root's alone is first made reachable."""
+    needed = [os.path.realpath(path) for path in (sys.base_prefix, HERE.parent.parent)]
+    closed = {path: hidden_by(path)[-1] for path in needed if hidden_by(path)}
     if closed:
-        hidden = closed[-1]
         lockdown._call("unshare", lockdown._CLONE_NEWNS)
         lockdown._call("mount", b"none", b"/", None, lockdown._MS_REC | lockdown._MS_PRIVATE, None)
-        aside = tempfile.mkdtemp(prefix="hostile-python-")
-        lockdown._call("mount", os.fsencode(prefix), os.fsencode(aside), None, lockdown._MS_BIND, None)
-        lockdown._mount_tmpfs(os.fspath(hidden), "mode=755")
-        os.makedirs(prefix)
-        lockdown._call("mount", os.fsencode(aside), os.fsencode(prefix), None, lockdown._MS_BIND, None)
-        lockdown._call("umount2", os.fsencode(aside), lockdown._MNT_DETACH)
-        os.rmdir(aside)
+        reveal(closed)
     os.setgroups([])
     os.setresgid(lockdown.NOBODY, lockdown.NOBODY, lockdown.NOBODY)
     os.setresuid(lockdown.NOBODY, lockdown.NOBODY, lockdown.NOBODY)
+
+
+def hidden_by(path: str) -> list[Path]:
+    """The folders above `path` that only their owner may pass, the topmost last."""
+    return [parent for parent in Path(path, "x").parents if not parent.stat().st_mode & 0o001]
+
+
+def reveal(closed: dict[str, Path]) -> None:
+    """In this process's own mount namespace, put a readable folder in the place of each that hides a path, with the
+    path bound into it."""
+    asides = {path: tempfile.mkdtemp(prefix="hostile-reveal-") for path in closed}
+    for path, aside in asides.items():
+        lockdown._call("mount", os.fsencode(path), os.fsencode(aside), None, lockdown._MS_BIND, None)
+    for hiding in set(closed.values()):
+        lockdown._mount_tmpfs(os.fspath(hiding), "mode=755")
+    for path, aside in asides.items():
+        os.makedirs(path)
+        lockdown._call("mount", os.fsencode(aside), os.fsencode(path), None, lockdown._MS_BIND, None)
+        lockdown._call("umount2", os.fsencode(aside), lockdown._MNT_DETACH)
+        os.rmdir(aside)
