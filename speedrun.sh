@@ -104,11 +104,11 @@ fi
 base_eval_flags=() chat_eval_flags=()
 if [ "$rehearse" = yes ]; then  # the last value of a flag counts
     shards=8
-    base_flags+=(--num-steps 20 --eval-tokens 1048576)
+    base_flags+=(--num-steps 20 --eval-tokens 65536)
     mid_flags+=(--num-steps 5 --eval-batches 2)
     sft_flags+=(--num-steps 5 --eval-batches 2)
     rl_flags+=(--num-steps 1 --eval-problems 16)
-    base_eval_flags+=(--eval-tokens 1048576 --max-per-task 20)
+    base_eval_flags+=(--eval-tokens 65536 --max-per-task 20)
     chat_eval_flags+=(--max-problems 16)
 fi
 # A folder is meant relative to where the user stands; the programs run from the checkout.
