@@ -68,8 +68,13 @@ class Page:
     def __getattr__(self, name):
         return getattr(self.tab, name)
 
+    def reload(self):
+        self.tab.reload()
+        self.tab.locator("body[data-ready]").wait_for(state="attached")
+
     def open(self, ready=True, at="/"):
         self.tab.goto(self.url + at)
+        self.tab.locator("body[data-ready]").wait_for(state="attached")
         if ready:
             self.tab.locator("#notice:empty").wait_for(state="attached")
         return self

@@ -282,3 +282,4 @@ api.access.ask = (sentence) => ask({ title: "This server asks for a token", text
 store.open(() => refresh());
 go(location.hash.slice(1));
 connect();
+document.body.dataset.ready = "";  // what is clicked from now on is answered
