@@ -64,7 +64,7 @@ ranks=$((gpus > 0 ? gpus : 1))
 SECONDS=0
 
 # --- the presets: nanochat's numbers for d12 to d32, but for a fifth more shards, since rows that begin with a document
-#     crop 23 % of the tokens; ours for tiny ---
+#     lose text: 23 % of drawn lengths (bench_packing); ours for tiny ---
 
 # multiple NUMBER UNIT: the multiple of UNIT nearest to NUMBER, at least one; the batch for any number of GPUs.
 multiple() { local n=$((($1 + $2 / 2) / $2)); echo $(((n > 0 ? n : 1) * $2)); }

@@ -1,6 +1,6 @@
 """The server under load, chaos and hostile input, in a process of its own beside its clients.
 
-    python -m bench.bench_server                          # everything, about five minutes on two idle cores
+    python -m bench.bench_server                          # everything: minutes, most of them for the schema
     python -m bench.bench_server --only load --seconds 10
     python -m pytest bench/bench_server.py -s
 

@@ -20,7 +20,7 @@ GIB = 2**30
 # --- assumptions, each printed beside what follows from it ---
 
 CHARS_PER_TOKEN = 4.8  # of FineWeb-EDU with 65,536 tokens, nanochat (Nov 2025)
-CROPPED = 0.23  # of the tokens, by packing rows of 2,048 that begin with a document; measured on 2 M tokens of prose
+CROPPED = 0.23  # of the tokens, by rows of 2,048 that begin with a document: bench_packing, on drawn lengths
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 MFU = 0.45  # pretraining; nanochat's published d32 run on 8x H100 had 0.509
 FINETUNE_MFU = 0.20  # SFT and RL: small batches of ragged rows

@@ -34,7 +34,7 @@ Best = tuple[tuple[int, float], ...]  # (id, log-probability), likeliest first
 
 def buckets(max_batch: int) -> list[int]:
     """Return the numbers of sequences that decoding is padded to: 1, 2, 4, 8, 16, 24, ..., max_batch."""
-    return sorted({n for n in (1, 2, 4, *range(8, 9), *range(16, max_batch, 8)) if n < max_batch} | {max_batch})
+    return sorted({n for n in (1, 2, 4, 8, *range(16, max_batch, 8)) if n < max_batch} | {max_batch})
 
 
 def why_no_graphs(device: torch.device, kernels: Kernels) -> str | None:

@@ -22,12 +22,6 @@ FIELDS = BATCH_FIELDS | DRAW_FIELDS
 Span = tuple[Row, int, int]  # n tokens of the row from the one at `first` on: (row, first, n)
 
 
-def sizes(N: int, S: int, R: int) -> dict[str, int]:
-    """Return how many numbers each tensor of a step has."""
-    return {"tokens": N, "positions": N, "slots": N, "cu_seqlens_q": S + 1, "context_lens": S,
-            "out_rows": R} | dict.fromkeys(DRAW_FIELDS, R)
-
-
 class Step:
     """Room for N tokens of S sequences and R draws; what a step does not fill is padding."""
 
