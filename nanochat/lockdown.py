@@ -165,8 +165,9 @@ def _lock(options: dict[str, str], channel: int | None, status: int) -> None:
 def _new_root(view: list[str], scratch: str, file_bytes: int, files: int) -> None:
     """Make a small tmpfs the root, with `view` bound read-only, a bounded tmpfs at `scratch` and nothing else."""
     sources = {path: os.path.realpath(path) for path in view}
+    umask = os.umask(0o666)  # the folders on the way can be passed, not listed: their names tell where we are installed
     _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-    _mount_tmpfs("/tmp", "mode=755,size=1m,nr_inodes=1k")
+    _mount_tmpfs("/tmp", "mode=111,size=1m,nr_inodes=1k")
     os.mkdir("/tmp/host")
     _call("pivot_root", b"/tmp", b"/tmp/host")
     os.chdir("/")
@@ -176,6 +177,7 @@ def _new_root(view: list[str], scratch: str, file_bytes: int, files: int) -> Non
     _mount_tmpfs(scratch, f"mode=700,uid={NOBODY},gid={NOBODY},size={file_bytes},nr_inodes={files + 1}")
     _call("umount2", b"/host", _MNT_DETACH)
     os.rmdir("/host")
+    os.umask(umask)
     _call("mount", b"none", b"/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV, None)
 
 
