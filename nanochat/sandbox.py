@@ -23,18 +23,19 @@ import functools
 import json
 import os
 import platform
+import select
 import selectors
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanochat import lockdown
 from nanochat.common import UserError
+from nanochat.launcher import interpreter, launch
 
 KIB, MIB = 2**10, 2**20
 
@@ -75,13 +76,12 @@ def run(code: str, *, stdin: str = "", limits: Limits = Limits()) -> Result:
 
 # --- one child --------------------------------------------------------------------------------------
 
-_BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import lockdown; sys.path.pop(); lockdown.main()"
 _SCRATCH = "/scratch"  # inside an own root; elsewhere a temporary folder
 _POLL_SECONDS = 0.05  # between counts of the files in a temporary folder
 
 
 class Child:
-    """A locked-down interpreter at work; leaving the `with` block ends it. It dies with the thread that started it.
+    """A locked-down interpreter at work; leaving the `with` block ends it. It dies with this process.
 
     channel: a descriptor that the program finds as its number 3. quiet: what it prints is dropped.
     """
@@ -91,26 +91,22 @@ class Child:
         means = means or available()
         self.limits, self.deadline = limits, time.monotonic() + limits.seconds
         self._folder = None if means.namespaces else _scratch_folder(means.drop_uid)
-        self._status, status = os.pipe()
-        program, standard_input = _sealed_memfd(code), _sealed_memfd(stdin)
-        inherited = {"program": program, "status": status} | ({} if channel is None else {"channel": channel})
-        sink = subprocess.DEVNULL if quiet else subprocess.PIPE
-        scratch = self._folder or _SCRATCH
+        options = {"namespaces": means.namespaces, "drop_uid": means.drop_uid, "landlock": means.landlock,
+                   "seccomp": means.seccomp.hex(), "view": _view(), "scratch": self._folder or _SCRATCH,
+                   "limits": dataclasses.asdict(limits)}
+        pipes = [] if quiet else [os.pipe(), os.pipe()]
+        sinks = [write for _, write in pipes] or [os.open(os.devnull, os.O_WRONLY) for _ in range(2)]
+        self._streams = [read for read, _ in pipes]
+        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handed = [_sealed_memfd(code), _sealed_memfd(stdin), *sinks, status.detach()]
+        self._process = None
         try:
-            self._process = subprocess.Popen(
-                [_interpreter(), "-I", "-S", "-X", "utf8", "-c", _BOOT, str(Path(lockdown.__file__).parent),
-                 *_options(means, limits, scratch, inherited)],
-                stdin=standard_input, stdout=sink, stderr=sink, cwd="/", start_new_session=True,
-                pass_fds=tuple(inherited.values()), env={"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"})
-        except OSError as error:
-            os.close(self._status)
-            if self._folder:
-                _remove(self._folder)
-            raise UserError(f"the sandbox needs an interpreter it can start, got {_interpreter()} "
-                            f"({error.strerror})") from error
+            self._process = launch(options, handed if channel is None else [*handed, channel], self._status)
         finally:
-            for fd in (program, standard_input, status):
+            for fd in handed:
                 os.close(fd)
+            if self._process is None:
+                self.end()
 
     def __enter__(self):
         return self
@@ -120,11 +116,11 @@ class Child:
 
     def wait(self) -> Result:
         """Read what the program prints until it ends or passes a limit, then end it."""
-        texts = {stream: bytearray() for stream in (self._process.stdout, self._process.stderr) if stream}
+        texts = {stream: bytearray() for stream in self._streams}
         ended, report = self._read(texts)
         self.end()
-        stdout, stderr = (bytes(texts.get(stream, b""))[:self.limits.output_bytes].decode("utf-8", "replace")
-                          for stream in (self._process.stdout, self._process.stderr))
+        stdout, stderr = (bytes(text[:self.limits.output_bytes]).decode("utf-8", "replace")
+                          for text in (texts.values() or (b"", b"")))
         return _result(stdout, stderr, ended, report, self.limits)
 
     def _read(self, texts: dict) -> tuple[str, str]:
@@ -135,24 +131,24 @@ class Child:
             while (left := self.deadline - time.monotonic()) > 0:
                 for key, _ in selector.select(min(left, _POLL_SECONDS) if self._folder else left):
                     if key.fileobj == self._status:
-                        report = os.read(self._status, 4096).decode("utf-8", "replace")
+                        report = self._status.recv(4096).decode("utf-8", "replace")
                         whole = all([self._drain(stream, text) for stream, text in texts.items()])
                         return ("" if whole else "output"), report
                     chunk = os.read(key.fd, 1 << 16)
-                    texts[key.fileobj] += chunk
+                    texts[key.fd] += chunk
                     if not chunk:
-                        selector.unregister(key.fileobj)
-                    if len(texts[key.fileobj]) > self.limits.output_bytes:
+                        selector.unregister(key.fd)
+                    if len(texts[key.fd]) > self.limits.output_bytes:
                         return "output", ""
                 if self._folder and _exceeds(self._folder, self.limits):
                     return "files", ""
         return "timeout", ""
 
-    def _drain(self, stream, text: bytearray) -> bool:
+    def _drain(self, stream: int, text: bytearray) -> bool:
         """Read what is left in a pipe without ever waiting; return whether it fits the limit."""
-        os.set_blocking(stream.fileno(), False)
+        os.set_blocking(stream, False)
         try:
-            while len(text) <= self.limits.output_bytes and (chunk := os.read(stream.fileno(), 1 << 16)):
+            while len(text) <= self.limits.output_bytes and (chunk := os.read(stream, 1 << 16)):
                 text += chunk
         except BlockingIOError:
             pass  # at level 1 a survivor may hold the pipe
@@ -160,29 +156,25 @@ class Child:
 
     def end(self) -> None:
         """Kill whatever is left of the program and remove its folder. May be called again."""
-        if self._process.returncode is not None:
-            return
-        self._process.terminate()  # the supervisor kills its child and reaps it
-        try:
-            self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream:
-                stream.close()
-        os.close(self._status)
+        if self._process is not None:
+            lockdown.signal_process(self._process, signal.SIGTERM)  # the supervisor kills its child and reaps it
+            if not _has_ended(self._process, seconds=2):
+                lockdown.signal_process(self._process, signal.SIGKILL)
+                _has_ended(self._process)
+            self._streams.append(self._process)
+        self._status.close()
+        while self._streams:
+            os.close(self._streams.pop())
         if self._folder:
             _remove(self._folder)
+        self._process = self._folder = None
 
 
-def _options(means: "Means", limits: Limits, scratch: str, inherited: dict[str, int]) -> list[str]:
-    """What lockdown.main reads from its command line."""
-    options = {"parent": os.getpid(), "view": ":".join(_view()), "scratch": scratch, "namespaces": means.namespaces,
-               "landlock": means.landlock, "seccomp": means.seccomp.hex(), "drop_uid": int(means.drop_uid),
-               "memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds, "files": limits.files,
-               "file_bytes": limits.file_bytes}
-    return [f"{key}={value}" for key, value in {**options, **inherited}.items()]
+def _has_ended(pidfd: int, seconds: float | None = None) -> bool:
+    """Wait for the end of the process of a pidfd."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1e3 * seconds))
 
 
 def _result(stdout: str, stderr: str, ended: str, report: str, limits: Limits) -> Result:
@@ -209,10 +201,6 @@ def _sealed_memfd(text: str) -> int:
     os.lseek(fd, 0, os.SEEK_SET)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return fd
-
-
-def _interpreter() -> str:
-    return getattr(sys, "_base_executable", sys.executable)  # a venv's own would look for its settings first
 
 
 @functools.cache
@@ -355,7 +343,7 @@ def probe() -> dict:
     found = means or Means()
     return {"level": level(), "namespaces": found.namespaces, "landlock_abi": found.landlock,
             "seccomp_instructions": len(found.seccomp) // 8, "drops_uid": found.drop_uid, "uid": os.geteuid(),
-            "kernel": platform.release(), "machine": platform.machine(), "python": _interpreter(), "missing": missing}
+            "kernel": platform.release(), "machine": platform.machine(), "python": interpreter(), "missing": missing}
 
 
 @functools.cache
@@ -403,7 +391,8 @@ def _landlock_abi() -> int:
 
 def _fault(means: Means) -> str:
     """Why a child with these means cannot run a program that imports and writes a file, or ""."""
-    trial = "import json\nwith open('a', 'w') as file: file.write('x')\nprint('works')"
+    # colorsys, because the launcher has not loaded it
+    trial = "import colorsys\nwith open('a', 'w') as file: file.write('x')\nprint('works')"
     try:
         with Child(trial, limits=Limits(seconds=20), means=means) as child:
             result = child.wait()

@@ -16,7 +16,7 @@ import pyseccomp
 import pytest
 from hostile import watch
 
-from nanochat import lockdown, sandbox
+from nanochat import launcher, lockdown, sandbox
 from nanochat.common import UserError
 from nanochat.sandbox import Limits, Result, run
 
@@ -46,6 +46,8 @@ def ordinary(code, **kwargs):
     ("import os; os.write(1, b'a\\xffb')", Result("a\ufffdb", "", "exit", 0)),
     ("print(__name__); import __main__; print(__main__.__dict__ is globals())",
      Result("__main__\nTrue\n", "", "exit", 0)),
+    ("import sys; print(sys.stdout.encoding, sys.stdin.errors, sys.stdout.isatty(), sys.stdin.fileno())",
+     Result("utf-8 surrogateescape False 0\n", "", "exit", 0)),
 ])
 def test_a_program_runs_as_an_interpreter_would(code, result):
     assert ordinary(code, stdin="one\ntwo") == result
@@ -141,13 +143,52 @@ def test_threads_run_programs_side_by_side():
 
 def test_nothing_is_left_open_or_running():
     def mine():
-        return sorted(os.listdir("/proc/self/fd")), threading.active_count(), watch.processes_of(os.getpid())
+        return (sorted(os.listdir("/proc/self/fd")), threading.active_count(), watch.processes_of(os.getpid()),
+                watch.launchers_of(os.getpid()))
 
     ordinary("pass")
     before = mine()
     for code in ("pass", "while True: pass", "print('x' * 10**6)", "import os; os.close(1)"):
         run(code, limits=Limits(seconds=0.3))
-    assert mine() == before and not before[2]
+    assert mine() == before and not before[2] and len(before[3]) == 1
+
+
+def test_the_launcher_keeps_nothing_of_the_programs_it_started():
+    ordinary("pass")
+    started, = watch.launchers_of(os.getpid())
+    for _ in range(5):
+        ordinary("import os; os.environ['A'] = 'b'; open('x', 'w').write('y')")
+    assert eventually(lambda: sorted(os.listdir(f"/proc/{started}/fd"), key=int) == ["0", "1", "2"])
+    assert ordinary("import os, sys; print('A' in os.environ, os.listdir(), sys.argv)").stdout == \
+        "False [] ['program']\n"
+
+
+def test_a_launcher_that_was_killed_is_replaced():
+    ordinary("pass")
+    killed, = watch.launchers_of(os.getpid())
+    os.kill(killed, signal.SIGKILL)
+    with ThreadPoolExecutor(4) as pool:
+        assert [r.stdout for r in pool.map(ordinary, ["print(1)"] * 8)] == ["1\n"] * 8
+    others = watch.launchers_of(os.getpid())
+    assert len(others) == 1 and others != [killed]
+
+
+def test_a_launcher_that_dies_at_work_ends_its_program():
+    with sandbox.Child("while True: pass", limits=LIMITS) as child:
+        assert eventually(lambda: len(watch.processes_of(os.getpid())) == 2)
+        os.kill(*watch.launchers_of(os.getpid()), signal.SIGKILL)
+        assert child.wait().ended == "killed"
+    assert eventually(lambda: not watch.processes_of(os.getpid()))
+
+
+def test_a_forked_process_has_a_launcher_of_its_own():
+    ordinary("pass")
+
+    def work():
+        return ordinary("print(1)").stdout, len(watch.launchers_of(os.getpid()))
+
+    assert watch.in_fork(work, as_nobody=False) == ["1\n", 1]
+    assert ordinary("print(2)").stdout == "2\n" and len(watch.launchers_of(os.getpid())) == 1
 
 
 @pytest.mark.parametrize("disabled", ["", "userns"])
@@ -159,7 +200,7 @@ def test_a_child_dies_with_its_parent(disabled, monkeypatch):
         sandbox.Child("while True: pass", limits=Limits(seconds=100), means=means)
         time.sleep(100)
         os._exit(1)
-    assert eventually(lambda: len(watch.processes_of(parent)) == 2)  # supervisor and child
+    assert eventually(lambda: len(watch.processes_of(parent)) == 2)  # supervisor and child, beside the launcher
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     assert eventually(lambda: not watch.processes_of(parent))
@@ -254,7 +295,8 @@ def test_a_lock_that_fails_ends_the_child_before_the_program():
 
 def test_an_interpreter_that_cannot_start_is_named(monkeypatch):
     available = sandbox.available()
-    monkeypatch.setattr(sandbox, "_interpreter", lambda: "/no/such/python")
+    monkeypatch.setattr(launcher, "interpreter", lambda: "/no/such/python")
+    monkeypatch.setattr(launcher, "_launcher", None)
     with pytest.raises(UserError, match="/no/such/python"):
         sandbox.Child("pass", means=available)
 

@@ -132,16 +132,26 @@ class Canary:
 
 
 def processes_of(pid: int) -> list[int]:
-    """Sandboxed processes that process `pid` started, by their command lines."""
-    found = []
+    """Supervisors and children of process `pid`'s sandbox; its launcher too, once it is nobody's child any more."""
+    return [process for process, parent in _sandboxed(pid).items() if parent != pid]
+
+
+def launchers_of(pid: int) -> list[int]:
+    return [process for process, parent in _sandboxed(pid).items() if parent == pid]
+
+
+def _sandboxed(pid: int) -> dict[int, int]:
+    """Process -> its parent, of all whose command line says that `pid` owns them."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
             except OSError:  # it has just ended
                 continue
-            if f"parent={pid}".encode() in words:
-                found.append(int(entry.name))
+            if f"owner={pid}".encode() in words:
+                found[int(entry.name)] = parent
     return found
 
 
