@@ -12,8 +12,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import CodeType
 
 import torch.distributed as dist
 
@@ -38,7 +40,7 @@ class RollCall(threading.Thread):
 
     def explain(self, error: Exception, known: str | None) -> str | None:
         """Return the sentence to end with, None for a mistake in the program; `known` is that of a user's mistake."""
-        lost = known is None and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        lost = known is None and _is_of_a_collective(error)
         reason = "" if lost else known or f"{type(error).__name__}: {first_sentence(error)}"
         try:
             self.store.set(f"reason {self.rank}", reason)
@@ -72,8 +74,20 @@ class RollCall(threading.Thread):
 def _busy_at() -> str:
     """Return the file and line that the main thread is at, "" while it waits for other ranks."""
     frame = sys._current_frames()[threading.main_thread().ident]
-    waits = "torch/distributed/" in frame.f_code.co_filename or frame.f_code.co_name == "_wait"
-    return "" if waits else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return "" if _waits(frame.f_code) else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _waits(code: CodeType) -> bool:
+    return "torch/distributed/" in code.co_filename or code.co_name == "_wait"
+
+
+def _is_of_a_collective(error: Exception) -> bool:
+    """Gloo has no exception of its own, and not all of its messages name it ("Application timeout caused pair
+    closure"): where it was raised tells as well."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return True
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return type(error) is RuntimeError and bool(codes) and _waits(codes[-1])
 
 
 def first_sentence(error: Exception) -> str:

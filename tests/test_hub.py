@@ -178,7 +178,8 @@ def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch)
 
 
 ZYGOTE = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 from huggingface_hub import get_session
 from nanochat import hub
 from nanochat.common import UserError

@@ -183,6 +183,35 @@ def test_a_lost_rank_ends_the_job_by_name_and_leaves_the_checkpoint(tmp_path, fa
     check_that_the_lost_rank_is_named(tmp_path, faults_and_points)
 
 
+def _wait(error):
+    raise error
+
+
+def compute(error):
+    raise error
+
+
+@pytest.mark.parametrize(("error", "raised_by", "lost"), [
+    (RuntimeError("Application timeout caused pair closure"), _wait, True),
+    (RuntimeError("[../gloo/tcp/pair.cc:534] Connection closed by peer"), compute, True),
+    (dist.DistNetworkError("The client socket has timed out"), compute, True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), compute, False),
+    (ValueError("wrong"), _wait, False),
+])
+def test_an_error_of_a_collective_is_told_from_a_programs(error, raised_by, lost):
+    store = dist.HashStore()
+    roll_call = RollCall(store, 0, 1)
+    roll_call.PATIENCE_S = 0.0
+    store.wait(["alive 0"])
+    try:
+        raised_by(error)
+    except Exception as caught:
+        sentence = roll_call.explain(caught, None)
+    roll_call.join()
+    assert (sentence is not None) == lost
+    assert not lost or str(error).rpartition("] ")[2] in sentence
+
+
 # --- joining --------------------------------------------------------------------------------------
 
 
