@@ -40,22 +40,21 @@ _OPERATORS = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
     ast.Pow: _power,
 }
 
 # ASCII digits only (int() and the parser take others), no backslash (escapes), no name but the method
 # `count`.
-_ALPHABET = re.compile(r"""(?:[0-9+\-*/%.() ]|'[^'\\\r\n\0]*'|"[^"\\\r\n\0]*"|\.count\()+""")
+_ALPHABET = re.compile(r"""(?:[0-9+\-*/.() ]|'[^'\\\r\n\0]*'|"[^"\\\r\n\0]*"|\.count\()+""")
 
 
 def calculate(expression: str) -> str | None:
     """Value of an arithmetic expression as text, or None for anything refused or undefined. Never raises.
 
-    Accepts + - * / // % **, parentheses, thousands commas (dropped), and "text".count("part") on literals.
-    Refuses whatever passes a limit above: 512 characters, 200 nodes, depth 64, literals of 64 digits,
-    exponents beyond 64, integers of 4,096 bits, result text of 64 characters; also division by zero,
-    infinities, NaN and complex results.
+    Accepts + - * / // **, parentheses, thousands commas (dropped), and "text".count("part") on literals.
+    Refuses % as nanochat does, for a model means percent by it and would get a remainder; and whatever passes a
+    limit above: 512 characters, 200 nodes, depth 64, literals of 64 digits, exponents beyond 64, integers of
+    4,096 bits, result text of 64 characters; also division by zero, infinities, NaN and complex results.
     """
     if len(expression) > MAX_SOURCE_CHARS:
         return None
