@@ -322,9 +322,14 @@ class GPT(nn.Module):
         """Append one ragged step to the cache; return the softcapped logits (R, V) fp32 of batch.out_rows."""
         return softcapped_logits(self.hidden_paged(batch, cache), self.lm_head.weight)
 
-    def hidden_paged(self, batch: PagedBatch, cache: PagedCache) -> torch.Tensor:
-        """Append one ragged step to the cache; return what the head reads (R, C), where logits would be too many."""
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+    def hidden_paged(self, batch: PagedBatch, cache: PagedCache,
+                     rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Append one ragged step to the cache; return what the head reads (R, C), where logits would be too many.
+
+        rotary: cos and sin (positions, D/2) for positions beyond the context, by default those of the context.
+        """
+        cos, sin = rotary or (self.cos, self.sin)
+        cos, sin = cos[batch.positions], sin[batch.positions]
         x = self._embed(batch.tokens)
         *layers, (last, last_pages) = zip(self.transformer["h"], cache.layers, strict=True)
         for block, pages in layers:

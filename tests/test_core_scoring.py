@@ -90,11 +90,16 @@ def test_greedy_continuations_are_recognized():
         assert [score.greedy for score in scorer.score(rows)] == [True, False, False, False]
 
 
-def test_a_row_may_fill_the_context():
-    model = random_model()
-    full = row(*np.random.default_rng(0).integers(0, 256, 95), start=90)
-    assert len(full.ids) == PagedScorer(model).max_len == 96
-    assert_scores(PagedScorer(model, 1).score([full]), one_by_one(model, [full]))
+@pytest.mark.parametrize("tokens", [96, 97, 960])
+def test_a_row_may_fill_ten_contexts(tokens):
+    """nanochat's rotations reach ten contexts far and it crops nothing shorter; a model made for 960 has them too."""
+    model, long_model = random_model(), random_model(sequence_len=960)
+    rows = [row(*np.random.default_rng(0).integers(0, 256, tokens - 1), start=tokens - 6), *items(2)]
+    scorer = PagedScorer(model, 1)
+    assert len(rows[0].ids) == tokens and scorer.max_len == 960 and model.cos.size(0) == 96
+    assert_scores(scorer.score(rows[1:]), one_by_one(model, rows[1:]))
+    for _ in range(2):
+        assert_scores(scorer.score(rows), one_by_one(long_model, rows))
 
 
 def test_no_rows_give_no_scores():

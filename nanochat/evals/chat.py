@@ -124,7 +124,7 @@ def answer_letters(scorer: Scorer, tokenizer, conversations: Sequence[dict], des
                    progress: bool = False) -> list[str]:
     """The likeliest first token of the answer to each conversation, among conversation["letters"]; of equals the first.
 
-    A prompt longer than the context loses its beginning. UserError for a letter that is not one token.
+    A prompt longer than the scorer takes loses its beginning. UserError for a letter that is not one token.
     """
     answers = []
     with tqdm(total=len(conversations), desc=desc, disable=None if progress else True, leave=False) as bar:

@@ -8,9 +8,10 @@ eval_meta_data.csv gives each task's accuracy of guessing in percent, eval_data/
 - language_modeling {context, continuation}: greedy decoding must give exactly the continuation.
 
 Accuracies are centered, (accuracy - guessing) / (1 - guessing), and averaged. Only the mean over the 22 tasks of the
-real bundle, all items, is called CORE. An item whose longest row does not fit the model's context loses as many tokens
-from the beginning of each row, BOS among them, so that its choices keep the same context; nanochat crops each row by
-itself, which differs by the few tokens that choices differ in length.
+real bundle, all items, is called CORE. Our own model scores rows of up to ten contexts whole, as nanochat does. An item
+whose longest row is longer than the scorer takes, that or the context of a model of transformers, loses as many tokens
+from the beginning of each row, BOS among them, so that its choices keep the same context; nanochat crops each row of
+such a model by itself, which differs by the few tokens that choices differ in length.
 """
 
 import csv

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kernels.cross_entropy import softcapped_logits
+from kernels.qk_norm_rope import rotary_table
 from nanochat.gpt import GPT, PagedBatch, PagedCache
 
 # S rows, T tokens of the longest, N tokens to compute, R scored positions, V vocab
@@ -24,6 +25,7 @@ from nanochat.gpt import GPT, PagedBatch, PagedCache
 # and are scored in half the time per token of 8,192.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 LOGITS = 1 << 26  # in a chunk: 256 MiB in fp32
+CONTEXTS = 10  # longest row in contexts: nanochat's table of rotations ends there, and up to there it scores a row whole
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,30 @@ class Scorer(Protocol):
 
 
 class PagedScorer:
-    """Scores with our model; rows that begin alike share what they share. The weights may change between calls."""
+    """Scores with our model; rows that begin alike share what they share. The weights may change between calls.
+
+    Rows may be longer than the context that the model was trained on, up to CONTEXTS times.
+    """
 
     def __init__(self, model: GPT, batch_tokens: int | None = None):
-        self.model, self.max_len = model, model.config.sequence_len
-        self.batch_tokens = max(batch_tokens or BATCH_TOKENS[model.device.type], self.max_len)
-        self.cache = PagedCache.allocate(model.config, self.batch_tokens, 1, model.dtype, model.device)
+        self.model, self.max_len = model, CONTEXTS * model.config.sequence_len
+        self.rotary = rotary_table(self.max_len, model.config.head_dim, device=model.device)
+        self._make_room(max(batch_tokens or BATCH_TOKENS[model.device.type], model.config.sequence_len))
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
+        longest = max((len(row.ids) for row in rows), default=0)
+        if longest > self.batch_tokens:
+            self._make_room(longest)
         return _score_in_batches(rows, tries(rows, self.batch_tokens), self._score_batch)
 
+    def _make_room(self, tokens: int) -> None:
+        """Take batches of `tokens` from here on. Ten contexts from the start would be 2 GiB of cache at d20."""
+        self.batch_tokens = tokens
+        self.cache = None  # given back first
+        self.cache = PagedCache.allocate(self.model.config, tokens, 1, self.model.dtype, self.model.device)
+
     def _score_batch(self, rows: Sequence[Row]) -> list[Score]:
-        hidden = self.model.hidden_paged(trie_batch(rows, self.model.device), self.cache)  # (R, C)
+        hidden = self.model.hidden_paged(trie_batch(rows, self.model.device), self.cache, self.rotary)  # (R, C)
         head = self.model.lm_head.weight
         return _judge(rows, lambda chunk: softcapped_logits(hidden[chunk], head), head.size(0), head.device)
 
