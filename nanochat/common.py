@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from kernels import KernelError
-from nanochat.roll_call import RollCall, first_sentence
+from nanochat.roll_call import RollCall, agree_on_attempt, first_sentence
 
 SEED = 42
 
@@ -167,13 +167,13 @@ def init_runtime(device: str = "auto", *, seed: int = SEED) -> Runtime:
     torch.manual_seed(seed)
     if picked.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     if world_size == 1:
         return Runtime(picked)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} needs torchrun's variables, {', '.join(missing)} not set")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK")
     if picked.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"a node needs a GPU per rank, local rank {local_rank} of {socket.gethostname()} has none: "
@@ -186,25 +186,36 @@ def init_runtime(device: str = "auto", *, seed: int = SEED) -> Runtime:
     return runtime
 
 
+def _world_size() -> int:
+    return _from_environment("WORLD_SIZE", "1", 1)
+
+
+def _from_environment(name: str, default: str = "0", least: int = 0, kind: str = "a whole number") -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name} must be {kind} from {least}, got {text!r}")
+    return int(text)
+
+
 def _join(runtime: Runtime) -> None:
-    """Join the process group and remember its store, through which lost ranks will be named."""
+    """Join the process group of this attempt and remember its store, through which lost ranks will be named."""
     global _roll_call
     close_runtime()  # of an earlier job in this process
-    seconds = os.environ.get("NANOCHAT_TIMEOUT", "600")
-    if not seconds.isdecimal() or int(seconds) < 1:
-        raise UserError(f"NANOCHAT_TIMEOUT must be whole seconds from 1, got {seconds!r}")
-    timeout = timedelta(seconds=int(seconds))
+    seconds = _from_environment("NANOCHAT_TIMEOUT", "600", 1, "whole seconds")
+    timeout = timedelta(seconds=seconds)
     try:
         store, _, _ = next(dist.rendezvous("env://", runtime.rank, runtime.world_size, timeout=timeout))
+        attempt = agree_on_attempt(store, runtime.rank, runtime.world_size, timeout)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=timeout,
                                 store=dist.PrefixStore("group", store), rank=runtime.rank,
                                 world_size=runtime.world_size)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"rank {runtime.rank} of {runtime.world_size} on {socket.gethostname()} must meet the others "
                         f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds} s, it did not "
                         f"({first_sentence(error)})") from error
     _roll_call = RollCall(dist.PrefixStore("roll call", store), runtime.rank, runtime.world_size)
-    if int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size)) < runtime.world_size:
+    if _from_environment("LOCAL_WORLD_SIZE", str(runtime.world_size), 1) < runtime.world_size:
         _check_shared_folder(runtime, dist.PrefixStore("shared folder", store))
 
 
@@ -239,8 +250,8 @@ def close_runtime() -> None:
 
 
 def print0(*values, **kwargs) -> None:
-    """Print on rank 0 only, flushed so that a log file shows progress."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Print on rank 0 only, flushed so that a log file shows progress; a RANK counts only beside a WORLD_SIZE."""
+    if _world_size() == 1 or _from_environment("RANK") == 0:
         print(*values, flush=True, **kwargs)
 
 

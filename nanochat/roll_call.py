@@ -2,22 +2,50 @@
 
 Every rank tells the job's store once a second that it is alive and where it is, and why it ends if it does; whom a
 collective left waiting looks up who failed, who is silent and who is busy elsewhere. With torchrun the store is the
-first node's agent, which outlives the ranks. Over gloo a lost rank is an error in all the others; NCCL's watchdog
-aborts a process that waited too long, so that there only the rank that fails by itself is named.
+first node's agent, which outlives the ranks, and with --max-restarts an attempt of the job: so that none reads what an
+earlier one left there, each has a name of its own. Over gloo a lost rank is an error in all the others; NCCL's
+watchdog aborts a process that waited too long, so that there only the rank that fails by itself is named.
 """
 
 import itertools
 import re
+import secrets
 import socket
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import CodeType
 
 import torch.distributed as dist
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Return a name for this attempt of the job, the same on every rank and never used before; RuntimeError in vain.
+
+    TORCHELASTIC_RESTART_COUNT is none: every agent counts for itself. Every rank asks with a new word, and rank 0,
+    which cannot tell an old question from a new one, answers until all have heard the name.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"question {rank}", word)
+        store.wait([f"answer {word}"], timeout)
+        name = store.get(f"answer {word}").decode()
+        store.set(f"{name} heard by {rank}", "yes")
+        return name
+    missing, deadline = list(range(1, world_size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {', '.join(map(str, missing))} did not come")
+        for other in missing:
+            if store.check([f"question {other}"]):
+                store.set(f"answer {store.get(f'question {other}').decode()}", word)
+        time.sleep(0.02)
+        missing = [other for other in missing if not store.check([f"{word} heard by {other}"])]
+    return word
 
 
 class RollCall(threading.Thread):

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,9 @@ import torch.distributed as dist
 from test_train_resume import RandomBatches, bare_trainer, free_ports
 
 from nanochat.checkpoint import find_checkpoint
-from nanochat.common import UserError, close_runtime, init_runtime, run_script
+from nanochat.common import UserError, close_runtime, init_runtime, print0, run_script
 from nanochat.optim import MuonAdamW
-from nanochat.roll_call import RollCall
+from nanochat.roll_call import RollCall, agree_on_attempt
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -28,9 +30,33 @@ FORKSERVER.set_forkserver_preload(["torch._dynamo", "scripts.base_train", "pytes
 # --- two nodes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # six processes import torch: 15 s of CPU
-def test_two_nodes_of_two_ranks_end_where_one_process_does(tmp_path, monkeypatch):
-    """Two of torchrun's agents meet on the loopback, each starts two ranks: as documented in docs/scaling.md."""
+KILLED_ONCE = """
+import os, pathlib, signal
+from nanochat.common import run_script
+from nanochat.train import Trainer
+from scripts.base_train import main, parse_args
+
+one_step = Trainer._one_step
+
+def struck(trainer, *args):
+    mark = pathlib.Path(__file__).with_suffix(".struck")
+    if trainer.runtime.rank == RANK and trainer.progress.step == 3 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return one_step(trainer, *args)
+
+Trainer._one_step = struck
+run_script(parse_args, main)
+"""
+
+
+@pytest.mark.slow  # six processes import torch: 15 s of CPU, with a restart ten
+@pytest.mark.parametrize("killed", [None, 0, 3])
+def test_two_nodes_of_two_ranks_end_where_one_process_does(tmp_path, monkeypatch, killed):
+    """Two of torchrun's agents meet on the loopback, each starts two ranks: as documented in docs/scaling.md.
+
+    The rank `killed` dies in step 4; torchrun starts all over and they go on from the checkpoint of step 2.
+    """
     # One process accumulates what four ranks take at once. Sums in another order differ in their last bit; where a
     # gradient nearly cancels, Adam makes 3e-5 of its rate of it.
     flags = ["--device-batch-size", "1", "--embedding-lr", "0.002"]
@@ -46,12 +72,19 @@ def test_two_nodes_of_two_ranks_end_where_one_process_does(tmp_path, monkeypatch
     port = free_ports(1)[0]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job",
-              "--local-addr", "127.0.0.1", "-m", "scripts.base_train", "--data", str(tmp_path / "nodes" / "texts"),
-              *tiny.COMMON, *tiny.FLAGS["base"], *flags]
+              "--local-addr", "127.0.0.1"]
+    if killed is None:
+        launch += ["-m", "scripts.base_train"]
+    else:
+        program = tmp_path / "program.py"
+        program.write_text(KILLED_ONCE.replace("RANK", str(killed)), encoding="utf-8")
+        launch += ["--max-restarts", "2", str(program), "--save-every", "2", "--resume", "auto"]
+    launch += ["--data", str(tmp_path / "nodes" / "texts"), *tiny.COMMON, *tiny.FLAGS["base"], *flags]
     nodes = [subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}) for _ in range(2)]
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert ("resumed from" in outputs[0] + outputs[1]) == (killed is not None)
     four = tiny.outcome("base", world_size=4)
     for name, tensor in alone["tensors"][0]["model"].items():
         torch.testing.assert_close(four["tensors"][0]["model"][name], tensor, rtol=0, atol=1e-6)
@@ -133,10 +166,10 @@ def rank_main(main, rank: int, environment: dict, output: Path, args: argparse.N
 class Job:
     """The ranks of one job, started as torchrun's agent starts them: this process keeps the store."""
 
-    def __init__(self, folder: Path, main, environments: list[dict], **args):
+    def __init__(self, folder: Path, main, environments: list[dict], store: dist.TCPStore | None = None, **args):
         world_size = len(environments)
         folder.mkdir(parents=True)
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(world_size)]
         common = {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(self.store.port)}
         namespace = argparse.Namespace(folder=folder, **args)
@@ -235,6 +268,35 @@ def test_nodes_without_a_shared_base_directory_are_refused(tmp_path):
         assert output.rstrip().endswith(("is rank 0's", "is another")[rank])
 
 
+def join_and_lose_rank_1(args: argparse.Namespace) -> None:
+    runtime = init_runtime("cpu")
+    if runtime.rank == 1:
+        mistake()
+    runtime.all_reduce(torch.ones(1))
+
+
+def test_an_attempt_reads_nothing_of_the_one_before(tmp_path):
+    """torchrun keeps one store for all attempts of a job: addresses, the shared folder's marker, reasons to end."""
+    nodes = [{"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "LOCAL_WORLD_SIZE": "1"}] * 2
+    first = Job(tmp_path / "first", join_and_lose_rank_1, nodes)
+    assert [code for code, _ in first.ended()] == [2, 2]
+    second = Job(tmp_path / "second", join_only, nodes, store=first.store)
+    assert second.ended() == [(0, ""), (0, "")]
+
+
+def test_every_attempt_has_a_name_that_all_its_ranks_know_whatever_is_in_the_store():
+    store, names = dist.HashStore(), []
+    store.set("question 1", "of a rank that died before it was answered")
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            ranks = [pool.submit(agree_on_attempt, store, rank, 3, timedelta(seconds=20)) for rank in range(3)]
+        (name,) = {rank.result() for rank in ranks}
+        names.append(name)
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="ranks 1, 2 did not come"):
+        agree_on_attempt(store, 0, 3, timedelta(seconds=0.1))
+
+
 def refusal(monkeypatch, **environment) -> str:
     base = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_ports(1)[0]), "NANOCHAT_TIMEOUT": "1"}
@@ -266,3 +328,22 @@ def test_a_timeout_must_be_whole_seconds(monkeypatch, seconds):
 def test_variables_that_torchrun_would_have_set_are_named(monkeypatch):
     assert refusal(monkeypatch, MASTER_PORT=None, LOCAL_RANK=None) == (
         "WORLD_SIZE=2 needs torchrun's variables, LOCAL_RANK, MASTER_PORT not set")
+
+
+@pytest.mark.parametrize(("environment", "sentence"), [
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE must be a whole number from 1, got ''"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1, got '0'"),
+    ({"RANK": "one"}, "RANK must be a whole number from 0, got 'one'"),
+    ({"MASTER_PORT": "http"}, "rank 0 of 2 on "),
+])
+def test_variables_that_torchrun_would_not_have_set_so_are_refused(monkeypatch, environment, sentence):
+    assert refusal(monkeypatch, **environment).startswith(sentence)
+
+
+def test_a_rank_without_a_world_speaks(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    print0("alone")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    print0("one of two")
+    assert capsys.readouterr().out == "alone\n"
