@@ -70,7 +70,16 @@ class Report:
         lines a block of its own), a list of dicts (a table), or a text.
         """
         content = {"title": name, "written": _now(), "commit": git("rev-parse", "--short=12", "HEAD"), "data": data}
-        atomic_write(self.folder / f"section_{_slug(name)}.json", _json(content))
+        atomic_write(self._path(name), _json(content))
+
+    def add(self, name: str, data: dict) -> None:
+        """Like `section`, but what an earlier evaluation of the same "Step" wrote stays where `data` has no newer."""
+        before = _read(self._path(name), dict, problems=[]) or {}
+        before = before["data"] if _is_section(before) and isinstance(before["data"], dict) else {}
+        self.section(name, _merged(before, data) if before.get("Step") == data.get("Step") else data)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"section_{_slug(name)}.json"
 
     def scores(self, stage: str, values: dict[str, float | None]) -> None:
         """Add metrics of a stage (base, mid, sft or rl) to the score table; a metric given again is replaced."""
@@ -169,6 +178,15 @@ class _Content:
 
 def _is_section(content: dict) -> bool:
     return isinstance(content.get("title"), str) and isinstance(content.get("data"), dict | list | str)
+
+
+def _merged(before: dict, data: dict) -> dict:
+    """Return `data` over `before`; the rows of a table are told apart by their first column."""
+    def rows(values: dict, key: str) -> dict:
+        return {str(next(iter(row.values()), "")): row for row in values[key]}
+
+    tables = [key for key in data if _is_table(data[key]) and _is_table(before.get(key))]
+    return before | data | {key: list((rows(before, key) | rows(data, key)).values()) for key in tables}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -333,9 +351,11 @@ def _body(data: dict | Table | str) -> list[str]:
 
 def _is_block(value) -> bool:
     """Say whether a value needs a block of its own: a table, or a text of several lines."""
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(row, dict) for row in value)
-    return isinstance(value, str) and "\n" in value.strip()
+    return _is_table(value) or isinstance(value, str) and "\n" in value.strip()
+
+
+def _is_table(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _text(text: str) -> str:

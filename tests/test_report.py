@@ -215,6 +215,20 @@ def test_a_section_written_again_is_replaced(report):
     assert len(list(report.folder.glob("section_*"))) == 1
 
 
+def test_what_is_added_to_a_section_replaces_only_what_it_has(report):
+    report.add("SFT evaluation", {"Step": 5, "Score": 1, "Tasks": [{"task": "a", "n": 1}, {"task": "b", "n": 1}]})
+    report.add("SFT evaluation", {"Step": 5, "Tasks": [{"task": "c", "n": 2}, {"task": "a", "n": 2}]})
+    content = json.loads((report.folder / "section_sft-evaluation.json").read_text(encoding="utf-8"))
+    assert content["data"] == {"Step": 5, "Score": 1, "Tasks": [{"task": "a", "n": 2}, {"task": "b", "n": 1},
+                                                                {"task": "c", "n": 2}]}
+    report.add("SFT evaluation", {"Step": 6, "Score": 3})  # of another model
+    assert "Tasks" not in text_of(report) and "| Score | 3 |" in text_of(report)
+    for broken in (b"{", b"[]", b'{"title": "x", "data": "text"}'):
+        (report.folder / "section_sft-evaluation.json").write_bytes(broken)
+        report.add("SFT evaluation", {"Step": 6, "Score": 4})
+        assert "| Score | 4 |" in text_of(report)
+
+
 def test_sections_of_different_commits_are_told(report, monkeypatch):
     report.section("SFT", "x")
     monkeypatch.setattr(report_module, "git", lambda *args: "fedcba987654")
