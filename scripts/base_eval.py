@@ -92,8 +92,10 @@ def main(args: argparse.Namespace) -> None:
         measured = _bits_per_byte(args, runtime, model, tokenizer, state)
         for name, value in measured.items():
             print0(f"{name}: {value:.4f}")
-        scores |= {"val_bpb": measured["validation bpb"], "train_bpb": measured["training bpb"]}
-        section |= measured
+        conditions = _bpb_conditions(args, state)
+        scores |= {f"{split}_bpb{conditions}": measured[f"{name} bpb"]
+                   for split, name in (("val", "validation"), ("train", "training"))}
+        section |= {name + conditions: value for name, value in measured.items()}
     if bundle:
         found, tables = _in_context(args, bundle, PagedScorer(model), tokenizer, runtime, log)
         scores |= found
@@ -102,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         section["Samples"] = _samples(model, tokenizer)
     if runtime.is_main:
         Report().scores("base", scores)
-        Report().section("Base evaluation", section)
+        Report().add("Base evaluation", section)
     close_runtime()
 
 
@@ -112,7 +114,7 @@ def _examine_huggingface(args: argparse.Namespace, runtime: Runtime, log: Respon
     scorer, tokenizer = load_huggingface(args.hf_path, runtime.device, pick_dtype(args.dtype, runtime.device))
     found, tables = _in_context(args, bundle, scorer, tokenizer, runtime, log)
     if runtime.is_main:
-        Report().section(f"Base evaluation, {args.hf_path}", found | tables)
+        Report().add(f"Base evaluation, {args.hf_path}", found | tables)
 
 
 def _bundle(args: argparse.Namespace, name: str) -> Bundle:
@@ -127,7 +129,7 @@ def _in_context(args: argparse.Namespace, bundle: Bundle, scorer, tokenizer, run
     result = evaluate_bundle(scorer, tokenizer, bundle, max_per_task=args.max_per_task, runtime=runtime, log=log,
                              on_task=_print_task)
     print0(f"{result.name}: {result.score:.4f}")
-    return {result.name: result.score}, {"Bundle": [vars(task) for task in result.tasks]}
+    return {result.name: result.score}, {f"Tasks of {result.name}": [vars(task) for task in result.tasks]}
 
 
 def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer, state: dict) -> dict[str, float]:
@@ -138,7 +140,7 @@ def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer,
     dataset = open_dataset(source)
     B, T, token_bytes = args.device_batch_size, model.config.sequence_len, tokenizer.token_bytes()
     per_batch = B * T * runtime.world_size
-    step_tokens = state["args"].get("total_batch_size", 1 << 19)  # nanochat's, for an imported model
+    step_tokens = _step_tokens(state)
     n_batches = max(1, (args.eval_tokens or EVAL_STEPS * step_tokens) // per_batch)
 
     def loader(split: str) -> PretrainLoader:
@@ -166,6 +168,20 @@ def _bits_per_byte(args: argparse.Namespace, runtime: Runtime, model, tokenizer,
         found["unigram validation bpb"] = unigram
         found["below unigram %"] = 100 * (1 - found["validation bpb"] / unigram)
     return found
+
+
+def _step_tokens(state: dict) -> int:
+    return state["args"].get("total_batch_size", 1 << 19)  # nanochat's, for an imported model
+
+
+def _bpb_conditions(args: argparse.Namespace, state: dict) -> str:
+    """What sets bits per byte apart from those of the default tokens of the model's own data; "" for these."""
+    said = []
+    if args.data not in (None, state["args"].get("data")):
+        said.append(f"on {args.data}")
+    if args.eval_tokens not in (None, EVAL_STEPS * _step_tokens(state)):
+        said.append(f"{args.eval_tokens:,} tokens")
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _print_task(result: TaskResult) -> None:

@@ -30,6 +30,7 @@ from nanochat.load import add_checkpoint_flags, add_device_flags, load_model
 from nanochat.report import Report
 from nanochat.tasks import CHAT_CORE_TASKS as GENERATED_CHAT_CORE_TASKS
 from nanochat.tasks import TASKS, Task, make_task
+from nanochat.tasks.conversations import PREFIX
 
 TITLES = {"mid": "Mid evaluation", "sft": "SFT evaluation", "rl": "RL evaluation"}
 MAX_TOKENS = 512
@@ -44,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_device_flags(parser)
     add_engine_flags(parser)
     parser.add_argument("-a", "--tasks", "--task-name", default=None, help="task names with | or commas between; "
-                        "default: the generated ones for a model that was tuned on those, else "
+                        "default: the generated ones for a model that was tuned on no others but files, else "
                         + "|".join(CHAT_CORE_TASKS))
     parser.add_argument("-x", "--max-problems", type=int, default=None, help="most problems per task, from the test "
                         f"split; default: all, of a generated task {GENERATED_PROBLEMS}")
@@ -85,20 +86,23 @@ def main(args: argparse.Namespace) -> None:
             else params
         results.append(run_chat_eval(task, engine, scorer, params=own, runtime=runtime, log=log))
         _print_result(results[-1])
-    means = _means(results, args)
+    conditions = _conditions(tasks, args)
+    means = {} if args.tools == "off" else _means(results, conditions)
     for name, value in means.items():
         print0(f"{name}: {value:.4f}")
     if runtime.is_main:
-        Report().scores(args.stage, _scores(results, args.tools) | means)
         suffix = "" if args.tools == "calculator" else ", tool off"
-        Report().section(TITLES[args.stage] + suffix, _section(state, results, means, engine))
+        Report().scores(args.stage, _scores(results, [suffix + _conditions([task], args) for task in tasks]) | means)
+        Report().add(TITLES[args.stage] + suffix, _section(state, results, means, engine, conditions))
     close_runtime()
 
 
 def default_tasks(state: dict) -> list[str]:
-    """The generated tasks for a model whose last stage saw no others, else those of ChatCORE."""
+    """The generated tasks for a model whose last stage saw no others but files, else those of ChatCORE: what would
+    have to be downloaded is the default only where it was downloaded to train."""
     seen = state["args"].get("tasks") or state["args"].get("task") or ""
-    names = {entry.partition("=")[0].strip() for entry in seen.split(",")}
+    entries = [entry.strip() for entry in seen.split(",")]
+    names = {entry.partition("=")[0] for entry in entries if not entry.startswith(PREFIX)}
     return list(TASKS) if names <= {"tiny", *TASKS} else list(CHAT_CORE_TASKS)
 
 
@@ -108,13 +112,25 @@ def _tasks(names: list[str], args: argparse.Namespace) -> list[Task]:
             for name in dict.fromkeys(names)]
 
 
-def _means(results: list[ChatResult], args: argparse.Namespace) -> dict[str, float]:
-    """ChatCORE by name, where all its tasks ran with the tool; on a part of the problems it says so."""
-    if args.tools == "off":
-        return {}
-    limited = "" if args.max_problems is None else f" (at most {args.max_problems} problems per task)"
-    means = {CHAT_CORE + limited: chat_core(results, CHAT_CORE_TASKS),
-             GENERATED_CHAT_CORE: chat_core(results, GENERATED_CHAT_CORE_TASKS)}
+def _conditions(tasks: list[Task], args: argparse.Namespace) -> str:
+    """What sets scores apart from those of all problems answered greedily, once and at any length; "" for these."""
+    said = []
+    if any(len(task) == args.max_problems for task in tasks):
+        said.append(f"at most {args.max_problems} problems" + " per task" * (len(tasks) > 1))
+    if any(task.kind == "generative" for task in tasks):
+        if args.max_tokens is not None:
+            said.append(f"at most {args.max_tokens} tokens")
+        if args.num_samples > 1:
+            said.append(f"any of {args.num_samples}")
+        if args.temperature > 0:
+            said.append(f"temperature {args.temperature:g}")
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _means(results: list[ChatResult], conditions: str) -> dict[str, float]:
+    """The ChatCOREs by name, each where all its tasks ran."""
+    means = {CHAT_CORE + conditions: chat_core(results, CHAT_CORE_TASKS),
+             GENERATED_CHAT_CORE + conditions: chat_core(results, GENERATED_CHAT_CORE_TASKS)}
     return {name: value for name, value in means.items() if value is not None}
 
 
@@ -126,22 +142,22 @@ def _print_result(result: ChatResult) -> None:
            f"({result.seconds:.1f} s)")
 
 
-def _scores(results: list[ChatResult], tools: str) -> dict[str, float]:
-    """The score table's metrics; without the tool they get names of their own."""
-    suffix = "" if tools == "calculator" else ", tool off"
-    scores = {result.task + suffix: result.accuracy for result in results}
+def _scores(results: list[ChatResult], suffixes: list[str]) -> dict[str, float]:
+    """The score table's metrics; under conditions of its own, or without the tool, a score gets a name of its own."""
+    named = list(zip(results, suffixes, strict=True))
+    scores = {result.task + suffix: result.accuracy for result, suffix in named}
     return scores | {f"{result.task}, expression right{suffix}": result.expressions / result.problems
-                     for result in results if result.expressions is not None}
+                     for result, suffix in named if result.expressions is not None}
 
 
-def _section(state: dict, results: list[ChatResult], means: dict[str, float], engine: Engine) -> dict:
+def _section(state: dict, results: list[ChatResult], means: dict[str, float], engine: Engine, conditions: str) -> dict:
     table = [{"task": r.task, "problems": r.problems, "accuracy": r.accuracy, "baseline": r.baseline,
               "centered": r.centered, "near chance": r.near_chance,
               "expression right": None if r.expressions is None else r.expressions / r.problems,
               "not answered": r.errors, "seconds": r.seconds} for r in results]
-    section = {"Step": state["step"], "Tools": engine.tools, "Tasks": table,
-               "First problem of each": [{"task": r.task, **r.example} for r in results]}
-    return section | means | {f"Engine {name}": value for name, value in engine.stats().items()}
+    own = {"Tasks": table, "First problem of each": [{"task": r.task, **r.example} for r in results]}
+    own |= {f"Engine {name}": value for name, value in engine.stats().items()}
+    return {"Step": state["step"], "Tools": engine.tools} | means | {k + conditions: v for k, v in own.items()}
 
 
 if __name__ == "__main__":

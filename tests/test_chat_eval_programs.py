@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
+from nanochat.dataset import prepare
 from nanochat.evals.chat import CHAT_CORE_TASKS, run_chat_eval
 from nanochat.tasks import TASKS, make_task
 from scripts import base_eval, chat_eval
@@ -24,7 +25,7 @@ def trained(tmp_path_factory):
     """A base directory with text, tokenizer and checkpoints of a one-layer model, made once."""
     from kernels import KernelConfig, resolve
     from nanochat.checkpoint import save_checkpoint
-    from nanochat.dataset import iter_texts, prepare
+    from nanochat.dataset import iter_texts
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.tokenizer import Tokenizer
 
@@ -65,43 +66,73 @@ def read(path):
 
 def test_base_eval_writes_scores_and_section(base, capsys):
     run(base_eval, "--eval-tokens", "640", "--device-batch-size", "2", "--unigram-tokens", "500", "--max-per-task", "8")
+    part, mini = " (640 tokens)", "mini score (at most 8 items per task)"
     scores = read(base / "report" / "scores_base.json")
-    assert set(scores) == {"val_bpb", "train_bpb", "mini score"}
-    assert 0 < scores["val_bpb"] < 20
+    assert set(scores) == {"val_bpb" + part, "train_bpb" + part, mini}
+    assert 0 < scores["val_bpb" + part] < 20
     section = read(base / "report" / "section_base-evaluation.json")["data"]
-    unigram = section["unigram validation bpb"]
-    assert section["below unigram %"] == pytest.approx(100 * (1 - scores["val_bpb"] / unigram))
-    assert [row["label"] for row in section["Bundle"]][:2] == ["repeat_choice", "syntax_choice"]
+    unigram = section["unigram validation bpb" + part]
+    assert section["below unigram %" + part] == pytest.approx(100 * (1 - scores["val_bpb" + part] / unigram))
+    tasks = section[f"Tasks of {mini}"]
+    assert [row["label"] for row in tasks][:2] == ["repeat_choice", "syntax_choice"]
     assert len(section["Samples"]) == len(base_eval.PROMPTS)
-    assert section["Bundle"][0]["baseline"] == 0.25 and section["Bundle"][4]["near_chance"] is True
-    assert "mini score: " in capsys.readouterr().out
+    assert tasks[0]["baseline"] == 0.25 and tasks[4]["near_chance"] is True
+    assert f"{mini}: " in capsys.readouterr().out
 
 
 def test_base_eval_does_only_what_it_is_asked(base):
     run(base_eval, "--eval", "bundle", "--max-per-task", "5")
-    assert set(read(base / "report" / "scores_base.json")) == {"mini score"}
+    assert set(read(base / "report" / "scores_base.json")) == {"mini score (at most 5 items per task)"}
+
+
+def test_bits_per_byte_of_the_default_tokens_have_the_plain_name(base, tmp_path):
+    (tmp_path / "other").mkdir()
+    for i in range(20):
+        (tmp_path / "other" / f"{i}.txt").write_text(f"Other text {i}. " * 400)
+    prepare(str(tmp_path / "other"))
+    flags = ["--eval", "bpb", "--device-batch-size", "2", "--unigram-tokens", "0"]
+    run(base_eval, *flags, "--eval-tokens", "6400")  # 20 steps of 320
+    full = read(base / "report" / "scores_base.json")
+    assert set(full) == {"val_bpb", "train_bpb"}
+    run(base_eval, *flags, "--data", str(tmp_path / "other"))
+    both = read(base / "report" / "scores_base.json")
+    assert set(both) - set(full) == {f"{split}_bpb (on {tmp_path / 'other'})" for split in ("val", "train")}
+    assert both | full == both
+
+
+def test_a_part_evaluated_again_leaves_the_rest_of_the_section(base):
+    path = base / "report" / "section_base-evaluation.json"
+    run(base_eval, "--eval", "bundle", "--max-per-task", "5")
+    before = read(path)["data"]
+    run(base_eval, "--eval", "samples")
+    after = read(path)["data"]
+    assert set(after) - set(before) == {"Samples"} and after | before == after
 
 
 def test_chat_eval_writes_scores_and_section(base, capsys):
     run(chat_eval, "-i", "sft", "--max-problems", "3", "--max-tokens", "4")
     run(chat_eval, "-i", "sft", "--max-problems", "2", "--max-tokens", "4", "--tasks", "arithmetic", "--tools", "off")
     scores = read(base / "report" / "scores_sft.json")
-    assert set(scores) == {"arithmetic", "arithmetic, expression right", "arithmetic-hard", "spelling", "identity",
-                           "sums", "sums, expression right",
-                           "arithmetic-hard, expression right", "choice", "ChatCORE (generated tasks)",
-                           "arithmetic, tool off", "arithmetic, expression right, tool off"}
+    few = " (at most 3 problems, at most 4 tokens)"
+    means, two = few.replace("problems", "problems per task"), ", tool off (at most 2 problems, at most 4 tokens)"
+    assert set(scores) == {*(name + few for name in TASKS if name != "choice"), "choice (at most 3 problems)",
+                           *(f"{name}, expression right{few}" for name in ("arithmetic", "sums", "arithmetic-hard")),
+                           "ChatCORE (generated tasks)" + means, "arithmetic" + two,
+                           "arithmetic, expression right" + two}
     section = read(base / "report" / "section_sft-evaluation.json")["data"]
-    assert [row["task"] for row in section["Tasks"]] == list(TASKS)
-    assert {row["problems"] for row in section["Tasks"]} == {3}
-    assert {row["near chance"] for row in section["Tasks"] if row["task"] == "spelling"} == {True}
+    tasks = section["Tasks" + means]
+    assert [row["task"] for row in tasks] == list(TASKS)
+    assert {row["problems"] for row in tasks} == {3}
+    assert {row["near chance"] for row in tasks if row["task"] == "spelling"} == {True}
     assert section["Tools"] == "calculator"
     assert read(base / "report" / "section_sft-evaluation-tool-off.json")["data"]["Tools"] == "off"
-    assert "ChatCORE (generated tasks): " in capsys.readouterr().out
+    assert f"ChatCORE (generated tasks){means}: " in capsys.readouterr().out
 
 
 def test_without_all_tasks_there_is_no_chatcore(base):
     run(chat_eval, "-i", "sft", "--max-problems", "2", "--max-tokens", "4", "--tasks", "spelling,choice")
-    assert set(read(base / "report" / "scores_sft.json")) == {"spelling", "choice"}
+    assert set(read(base / "report" / "scores_sft.json")) == {"spelling (at most 2 problems, at most 4 tokens)",
+                                                              "choice (at most 2 problems)"}
 
 
 @pytest.fixture
@@ -134,9 +165,30 @@ def test_chatcore_is_the_mean_of_its_five_tasks(base, five):
 
 def test_chatcore_on_a_part_of_the_problems_says_so(base, five):
     run(chat_eval, "-i", "sft", "-a", "|".join(CHAT_CORE_TASKS), "-x", "3", "-m", "5")
-    names = set(read(base / "report" / "scores_sft.json")) - {*CHAT_CORE_TASKS}
-    assert names == {"ChatCORE (at most 3 problems per task)"}
+    names = set(read(base / "report" / "scores_sft.json"))
+    few = " (at most 3 problems, at most 5 tokens)"
+    assert names == {"ChatCORE (at most 3 problems per task, at most 5 tokens)", "GSM8K" + few, "HumanEval" + few,
+                     *(f"{name} (at most 3 problems)" for name in ("ARC-Easy", "ARC-Challenge", "MMLU"))}
     assert five == dict.fromkeys(CHAT_CORE_TASKS, [3, 5])
+
+
+def test_a_restricted_run_leaves_the_full_runs_scores(base, five):
+    run(chat_eval, "-i", "sft", "-a", "|".join(CHAT_CORE_TASKS))
+    full = read(base / "report" / "scores_sft.json")
+    tables = read(base / "report" / "section_sft-evaluation.json")["data"]
+    for flags, name in ((["-a", "GSM8K", "-n", "8", "-t", "1"], "GSM8K (any of 8, temperature 1)"),
+                        (["-a", "MMLU", "-n", "8", "-t", "1", "-x", "2"], "MMLU (at most 2 problems)"),
+                        (["-a", "HumanEval", "-x", "999", "-t", "0.5"], "HumanEval (temperature 0.5)")):
+        run(chat_eval, "-i", "sft", *flags)
+        scores = read(base / "report" / "scores_sft.json")
+        assert name in scores and scores | full == scores
+        section = read(base / "report" / "section_sft-evaluation.json")["data"]
+        assert section | tables == section
+    assert len(scores) == len(full) + 3
+    run(chat_eval, "-i", "sft", "-a", "GSM8K")  # the same again, alone: the other tasks stay in the table
+    section = read(base / "report" / "section_sft-evaluation.json")["data"]
+    assert [row["task"] for row in section["Tasks"]] == list(CHAT_CORE_TASKS)
+    assert set(read(base / "report" / "scores_sft.json")) == set(scores)
 
 
 def test_generated_tasks_are_endless_and_get_limits_of_their_own(base, five):
@@ -153,6 +205,8 @@ def test_without_the_tool_there_is_no_chatcore(base, five):
 
 @pytest.mark.parametrize(("args", "generated"), [
     ({"tasks": "arithmetic=4000,choice=3"}, True), ({"tasks": "tiny"}, True), ({"task": "arithmetic-hard"}, True),
+    ({"tasks": "tiny,json:mine.jsonl"}, True), ({"tasks": "json:mine.jsonl=9, tiny"}, True),
+    ({"tasks": "json:mine.jsonl"}, True), ({"tasks": "recipe,json:mine.jsonl"}, False),
     ({"tasks": "recipe"}, False), ({"tasks": "arithmetic=4000,GSM8K"}, False), ({"task": "GSM8K"}, False), ({}, False)])
 def test_a_model_is_examined_on_what_it_was_tuned_on(args, generated):
     assert chat_eval.default_tasks({"args": args}) == list(TASKS if generated else CHAT_CORE_TASKS)

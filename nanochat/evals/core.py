@@ -275,8 +275,8 @@ def evaluate_bundle(scorer: Scorer, tokenizer, bundle: Bundle, *, max_per_task: 
         results.append(evaluate_task(scorer, tokenizer, task, max_per_task=max_per_task, runtime=runtime, log=log))
         on_task(results[-1])
     name = bundle.score_name
-    if name == "CORE" and max_per_task is not None:
-        name = f"CORE (at most {max_per_task} items per task)"
+    if max_per_task is not None:
+        name += f" (at most {max_per_task} items per task)"
     return BundleResult(name, sum(r.centered for r in results) / len(results), tuple(results))
 
 

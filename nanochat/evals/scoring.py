@@ -25,7 +25,7 @@ from nanochat.gpt import GPT, PagedBatch, PagedCache
 # and are scored in half the time per token of 8,192.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 LOGITS = 1 << 26  # in a chunk: 256 MiB in fp32
-CONTEXTS = 10  # longest row in contexts: nanochat's table of rotations ends there, and up to there it scores a row whole
+CONTEXTS = 10  # of the longest row: nanochat's table of rotations ends there, and up to there it scores rows whole
 
 
 @dataclass(frozen=True)
