@@ -41,21 +41,36 @@ cd_from="$PWD"
 cd "$here"
 
 found=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || found=0
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # the programs see no more; -1 ends the list
+    visible=",$CUDA_VISIBLE_DEVICES" visible="${visible%%,-1*}"
+    IFS=, read -ra visible <<< "${visible#,}"
+    [ "$found" -le ${#visible[@]} ] || found=${#visible[@]}
+fi
 gpu_field() { nvidia-smi --query-gpu="$1" --format=csv,noheader,nounits | sort -n | head -1; }
 if [ -z "$preset" ]; then
     if [ "$found" -eq 0 ]; then preset=tiny; elif [ "$found" -lt 8 ]; then preset=d12; else preset=d20; fi
 fi
-case "$gpus" in *[!0-9]*) die "speedrun.sh --gpus must be a whole number, got $gpus" ;; esac
+case "$gpus" in
+    "" | [1-9] | [1-9][0-9] | [1-9][0-9][0-9]) ;;
+    *) die "speedrun.sh --gpus must be a whole number from 1 to 999, got $gpus" ;;
+esac
+if [ "$preset" = tiny ]; then
+    [ "${gpus:-1}" = 1 ] || die "preset tiny runs in one process, so --gpus must be 1, got $gpus"
+    [ ${#fp8[@]} -eq 0 ] || die "speedrun.sh --fp8 is for d12 to d32, got it with preset tiny"
+    gpus=1
+fi
+kind=""
 if [ "$found" -gt 0 ]; then
     gpus="${gpus:-$found}" kind=$(gpu_field name) memory=$(($(gpu_field memory.total) / 1024))
-    [ "$gpus" -ge 1 ] && [ "$gpus" -le "$found" ] || die "speedrun.sh --gpus must be from 1 to the $found here, got $gpus"
+    [ "$dry" = yes ] || [ "$gpus" -le "$found" ] || die "speedrun.sh --gpus must be from 1 to the $found here, got $gpus"
 elif [ "$preset" = tiny ]; then
     gpus=0
 elif [ "$dry" = yes ]; then
     gpus="${gpus:-8}" kind=H100 memory=80
     echo "no GPU here: printed as for $gpus x H100 of 80 GiB"
 else
-    die "preset $preset needs a GPU that nvidia-smi lists, found none (tiny runs without; --dry-run only prints)"
+    listed="nvidia-smi lists${CUDA_VISIBLE_DEVICES+ and CUDA_VISIBLE_DEVICES shows}"
+    die "preset $preset needs a GPU that $listed, found none (tiny runs without; --dry-run only prints)"
 fi
 ranks=$((gpus > 0 ? gpus : 1))
 
@@ -63,11 +78,8 @@ ranks=$((gpus > 0 ? gpus : 1))
 [ -x "$py" ] || py=python3  # of a dry run on a fresh clone
 SECONDS=0
 
-# --- the presets: nanochat's numbers for d12 to d32, but for a fifth more shards, since rows that begin with a document
-#     lose text: 23 % of drawn lengths (bench_packing); ours for tiny ---
-
-# multiple NUMBER UNIT: the multiple of UNIT nearest to NUMBER, at least one; the batch for any number of GPUs.
-multiple() { local n=$((($1 + $2 / 2) / $2)); echo $(((n > 0 ? n : 1) * $2)); }
+# --- the presets: nanochat's numbers for d12 to d32, but for a fifth to a quarter more shards, since rows that begin with
+#     a document lose text: 23 % of drawn lengths (bench_packing); ours for tiny ---
 
 depth=${preset#d}
 case "$preset" in
@@ -90,20 +102,20 @@ if [ "$preset" = tiny ]; then
         --lr-scale 0.1 --max-tokens 48 --top-k 0 --eval-problems 100 --eval-every 20 --save-every 5)
     rl_eval_flags=()
 else
-    "$py" -m scripts.plan --depth "$depth" --gpus "$gpus" --gpu "$kind" --memory-gib "$memory"
-    device_batch=$("$py" -m scripts.plan --depth "$depth" --gpus "$gpus" --memory-gib "$memory" --micro-batch)
+    plan=(-m scripts.plan --depth "$depth" --gpus "$gpus" --gpu "$kind" --memory-gib "$memory")
+    if [ "$dry" = yes ]; then "$py" "${plan[@]}"; else "$py" "${plan[@]}" --must-fit; fi
+    batches=$("$py" "${plan[@]}" --batches)  # nanochat's, or what comes nearest with so many GPUs
+    read -r rows step_rows sft_rows sft_step_rows problems <<< "$batches"
     data="${data:-fineweb-edu}" vocab=65536
-    base_flags=(--device-batch-size "$device_batch" --param-data-ratio 20
-        --total-batch-size "$(multiple 524288 $((device_batch * 2048 * ranks)))" "${fp8[@]}")
-    mid_flags=(--device-batch-size "$device_batch"
-        --rows-per-step "$(multiple 256 $((device_batch * ranks)))" "${fp8[@]}")
-    sft_flags=(--device-batch-size 4 --rows-per-step "$(multiple 32 $((4 * ranks)))")
-    rl_flags=(--examples-per-step "$(multiple 16 "$ranks")")
+    base_flags=(--device-batch-size "$rows" --total-batch-size $((step_rows * 2048)) --param-data-ratio 20 "${fp8[@]}")
+    mid_flags=(--device-batch-size "$rows" --rows-per-step "$step_rows" "${fp8[@]}")
+    sft_flags=(--device-batch-size "$sft_rows" --rows-per-step "$sft_step_rows")
+    rl_flags=(--examples-per-step "$problems")
     rl_eval_flags=(-a GSM8K)
 fi
-base_eval_flags=() chat_eval_flags=()
+base_eval_flags=() chat_eval_flags=() called="$preset"
 if [ "$rehearse" = yes ]; then  # the last value of a flag counts
-    shards=8
+    shards=8 called="$preset rehearsal"
     base_flags+=(--num-steps 20 --eval-tokens 65536)
     mid_flags+=(--num-steps 5 --eval-batches 2)
     sft_flags+=(--num-steps 5 --eval-batches 2)
@@ -119,7 +131,8 @@ if [ "$data" = fineweb-edu ]; then
     shard_flags=(--shards "$shards")
     first_shards=(--shards $((shards < 8 ? shards : 8)))
 fi
-echo "data $data${shard_flags[*]:+ ($shards shards)}, kernels $kernels, $gpus GPU(s), artifacts in $base"
+spare=$([ "$preset" = tiny ] || [ "$rehearse" = yes ] || echo ", some to spare")
+echo "data $data${shard_flags[*]:+ ($shards shards$spare)}, kernels $kernels, $gpus GPU(s), artifacts in $base"
 
 # --- an earlier, different run is set aside, never overwritten ---
 
@@ -128,7 +141,7 @@ prepare_folder() {
     # Children inherit the lock, so a trainer that outlived a killed speedrun.sh still holds it.
     exec 9> "$base/.lock"
     flock -n 9 || die "another run is at work in $base; wait for it, stop it, or set NANOCHAT_BASE_DIR"
-    identity="preset $preset$([ "$rehearse" = no ] || echo " rehearsal"), data $data"
+    identity="preset $called, data $data"
     if [ -f "$base/run.txt" ] && { [ "$fresh" = yes ] || [ "$(<"$base/run.txt")" != "$identity" ]; }; then
         aside="$base/earlier/$(date +%Y%m%d-%H%M%S)"
         echo "setting the earlier run ($(<"$base/run.txt")) aside in $aside"
@@ -139,15 +152,15 @@ prepare_folder() {
     fi
     echo "$identity" > "$base/run.txt"
     mkdir -p "$base/stamps"
-    [ -e "$base/report/run.json" ] || "$py" -m scripts.report reset --preset "$preset"
+    [ -e "$base/report/run.json" ] || "$py" -m scripts.report reset --preset "$called"
 }
 [ "$dry" = yes ] || prepare_folder
 
 # --- how a stage runs ---
 
-# stage NAME COMMAND...: run it unless it is finished; its wall-clock goes to the report.
+# stage NAME COMMAND...: run it unless it is finished; the wall-clock of every attempt goes to the report.
 stage() {
-    local name="$1" started=$SECONDS
+    local name="$1" started=$SECONDS status=0
     shift
     if [ "$dry" = yes ]; then "$@"; return; fi
     if [ -f "$base/stamps/$name" ]; then
@@ -155,9 +168,11 @@ stage() {
         return
     fi
     echo "== $name: $*"
-    attend "$@"
-    printf '{"stage": "%s", "seconds": %d, "started": "%s", "finished": "%s"}\n' "$name" $((SECONDS - started)) \
-        "$(date -Iseconds -d "-$((SECONDS - started)) seconds")" "$(date -Iseconds)" >> "$base/report/timing.jsonl"
+    attend "$@" || status=$?
+    printf '{"stage": "%s", "seconds": %d, "started": "%s", "finished": "%s", "status": %d, "gpus": %d, "gpu": "%s"}\n' \
+        "$name" $((SECONDS - started)) "$(date -Iseconds -d "-$((SECONDS - started)) seconds")" "$(date -Iseconds)" \
+        "$status" "$gpus" "$kind" >> "$base/report/timing.jsonl"
+    [ "$status" -eq 0 ] || return "$status"
     touch "$base/stamps/$name"
 }
 

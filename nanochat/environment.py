@@ -44,12 +44,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def dollars_per_hour() -> tuple[float, str] | None:
-    """Return (price of this machine's GPUs per hour, how it was counted); None without a GPU of known price."""
+def gpus_here() -> tuple[int, str]:
+    """Return (number, kind) of the GPUs that this process sees; (0, "") without any."""
     count = torch.cuda.device_count()
-    name = torch.cuda.get_device_name(0) if count else ""
-    price = next((gpu["dollars_per_hour"] for gpu in GPUS if gpu["name"] in name), None)
-    return None if price is None else (count * price, f"{count} x ${price:.2f} per GPU-hour")
+    return count, torch.cuda.get_device_name(0) if count else ""
+
+
+def dollars_per_gpu_hour(name: str) -> float | None:
+    """Return the price of one GPU of this name; None when it is unknown."""
+    return next((gpu["dollars_per_hour"] for gpu in GPUS if gpu["name"] in name), None)
 
 
 def _commit() -> str:

@@ -7,6 +7,7 @@ for the pretraining rate where a bench has measured one on that GPU.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = (12, 20, 26, 32)  # depths of speedrun.sh's presets
 VOCAB, CONTEXT, BATCH_TOKENS = 65536, 2048, 524288
+SFT_BATCH_ROWS, SFT_DEVICE_ROWS, RL_BATCH_PROBLEMS = 32, 4, 16
+# Learning rates are for nanochat's batches, so a number of GPUs may move them only so far.
+BATCH_TOLERANCE, SFT_TOLERANCE = 1 / 20, 1 / 8
 TOKENS_PER_PARAMETER = 20
 GIB = 2**30
 
@@ -29,6 +33,8 @@ DOWNLOAD_BYTES_PER_S = 200e6
 TOKENIZER_HOURS = 0.1
 MID_ROWS, SFT_ROWS, ROW_TOKENS = 568_000, 21_400, 700
 RL_STEPS, RL_SAMPLES, RL_TOKENS = 467, 16 * 16, 256
+RL_EVAL_EVERY, RL_EVAL_SAMPLES = 60, 400 * 8  # pass@8 of 400 problems
+VALIDATION_EVERY, VALIDATION_TOKENS = 250, 20 * 524288
 ROLLOUT_TOKENS_PER_S = 10_000  # per GPU at d20; others in inverse proportion to the parameters
 EVALUATION_TOKENS = {"base": 170e6, "chat": 10e6}  # CORE's 22 tasks and bits per byte; the five chat tasks
 # Bytes per token, layer and channel that the backward pass keeps: 16 activations of 2 bytes (two norms' inputs and
@@ -89,9 +95,15 @@ class Machine:
 
     @classmethod
     def of(cls, kind: str, gpus: int, memory_gib: float | None = None, dollars: float | None = None) -> "Machine":
-        """Look a GPU up by a part of its name (h100, 4090, "NVIDIA A100-SXM4-80GB"); what is given overrides."""
+        """Look a GPU up by a part of its name (h100, 4090, "NVIDIA A100-SXM4-80GB"); what is given overrides.
+
+        A kind sold in two sizes is taken at the smaller of the table's memory and the one in its name; a GH200 480GB
+        is named after its host's.
+        """
         gpu = next((gpu for gpu in known_gpus() if gpu["name"].lower() in kind.lower()), {})
-        return cls(gpu.get("name", kind), gpus, memory_gib or gpu.get("memory_gib"), gpu.get("bf16"),
+        sizes = [gpu.get("memory_gib"), *map(int, re.findall(r"(\d+) ?GB", kind, re.IGNORECASE))]
+        memory_gib = memory_gib or min((size for size in sizes if size), default=None)
+        return cls(gpu.get("name", kind), gpus, memory_gib, gpu.get("bf16"),
                    gpu.get("dollars_per_hour") if dollars is None else dollars)
 
 
@@ -129,6 +141,34 @@ def micro_batch(shape: Shape, gpus: int, memory_gib: float | None) -> int:
     return rows
 
 
+def nearest_batch(wanted: int, gpus: int, most: int, tolerance: float) -> tuple[int, int]:
+    """Return (rows of a GPU at a time, rows of a step): the most at a time, up to `most`, with which a step is `wanted`
+    rows give or take the fraction `tolerance`; where no number does it, the one that comes nearest."""
+    most = min(most, max(1, round(wanted / gpus)))
+    found = [(rows, rows * gpus * max(1, round(wanted / (rows * gpus)))) for rows in range(most, 0, -1)]
+    near = [batch for batch in found if abs(batch[1] - wanted) <= tolerance * wanted]
+    return near[0] if near else min(found, key=lambda batch: abs(batch[1] - wanted))
+
+
+def pretraining_batch(shape: Shape, machine: Machine) -> tuple[int, int]:
+    """Return (rows of a GPU at a time, rows of a step) of pretraining and mid-training; ValueError when GPUs are left
+    without a row."""
+    rows = BATCH_TOKENS // shape.context
+    if machine.gpus > rows:
+        raise ValueError(f"a step of {BATCH_TOKENS:,} tokens is {rows} rows of {shape.context:,}, so GPUs must be at "
+                         f"most {rows}, got {machine.gpus}")
+    return nearest_batch(rows, machine.gpus, micro_batch(shape, machine.gpus, machine.memory_gib), BATCH_TOLERANCE)
+
+
+def steps_of(shape: Shape, step_rows: int) -> int:
+    return round(TOKENS_PER_PARAMETER * shape.parameters / (step_rows * shape.context))
+
+
+def evaluations(steps: int, every: int) -> int:
+    """Return how often a trainer evaluates: at step 0, after every `every` steps, and last."""
+    return len(range(0, steps, every)) + 1
+
+
 def measured_mfu(machine: Machine, depth: int) -> tuple[float, str] | None:
     """Return (MFU as a fraction, the baseline's file and row) that benches measured on this kind of GPU, or None."""
     found = []
@@ -156,11 +196,16 @@ def stages(shape: Shape, machine: Machine) -> Iterator[Stage]:
                      f"{tokens / 1e6:.0f}M tokens at {EVALUATION_MFU:.0%} MFU, assumed")
 
     rollout = RL_STEPS * RL_SAMPLES * RL_TOKENS
+    passed = evaluations(RL_STEPS, RL_EVAL_EVERY) * RL_EVAL_SAMPLES * RL_TOKENS
+    _, step_rows = pretraining_batch(shape, machine)
+    validated = evaluations(steps_of(shape, step_rows), VALIDATION_EVERY) * VALIDATION_TOKENS
     per_s = machine.gpus * ROLLOUT_TOKENS_PER_S * Shape(20).parameters / shape.parameters
     yield Stage("first shards and tokenizer", TOKENIZER_HOURS, "assumed; the other shards arrive meanwhile")
     waiting = shape.shards * SHARD_BYTES / DOWNLOAD_BYTES_PER_S / 3600 - TOKENIZER_HOURS
     yield Stage("waiting for shards", max(0.0, waiting), f"{DOWNLOAD_BYTES_PER_S / 1e6:.0f} MB/s, assumed")
     yield Stage("pretraining", train(shape.tokens, mfu), f"{shape.tokens / 1e9:.2f}B tokens at {mfu:.0%} MFU, {source}")
+    yield Stage("pretraining's validation", train(validated / 3, mfu),
+                f"{validated / 1e6:,.0f}M tokens, a forward each, as fast")
     yield evaluate("base")
     yield Stage("mid-training", train(MID_ROWS * ROW_TOKENS, mfu),
                 f"{MID_ROWS:,} rows of {ROW_TOKENS} tokens at {mfu:.0%} MFU, assumed")
@@ -169,8 +214,9 @@ def stages(shape: Shape, machine: Machine) -> Iterator[Stage]:
                 f"{SFT_ROWS:,} rows of {ROW_TOKENS} tokens at {FINETUNE_MFU:.0%} MFU, assumed")
     yield evaluate("chat")
     hours = train(rollout, FINETUNE_MFU)
-    yield Stage("RL", hours and hours + rollout / per_s / 3600,
-                f"{rollout / 1e6:.0f}M sampled tokens, {per_s:,.0f} per second, assumed")
+    yield Stage("RL", hours and hours + (rollout + passed) / per_s / 3600,
+                f"{rollout / 1e6:.0f}M sampled tokens and {passed / 1e6:.0f}M of pass@k, {per_s:,.0f} per second, "
+                "assumed")
     yield evaluate("chat")
 
 

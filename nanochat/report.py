@@ -2,7 +2,7 @@
 
     report/section_<slug>.json     one file per section, written when its stage ends
            scores_<stage>.json     {metric: value} of base, mid, sft, rl
-           timing.jsonl            one row per stage that ran: stage, seconds, started, finished
+           timing.jsonl            one row per attempt at a stage: stage, seconds, started, finished, gpus, gpu (kind)
            run.json                when the run started and with which preset
            report.md, <stage>.png  rendered from the above and from ../metrics/<stage>.jsonl
 
@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_write, base_dir, duration
-from nanochat.environment import dollars_per_hour, environment, git
+from nanochat.environment import dollars_per_gpu_hour, environment, git, gpus_here
 
 STAGES = {"base": "Base training", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
 SECTIONS = ("Tokenizer training", "Tokenizer evaluation", "Base training", "Base evaluation", "Mid-training",
@@ -97,8 +97,9 @@ class Report:
             raise UserError(f"seconds of a stage must be a number from 0, got {seconds}")
         finished = datetime.now().astimezone()
         started = datetime.fromtimestamp(finished.timestamp() - seconds).astimezone()
+        gpus, kind = gpus_here()
         row = {"stage": stage, "seconds": seconds, "started": started.isoformat(timespec="seconds"),
-               "finished": finished.isoformat(timespec="seconds")}
+               "finished": finished.isoformat(timespec="seconds"), "gpus": gpus, "gpu": kind}
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "timing.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -316,23 +317,33 @@ def _score_table(scores: dict[str, dict], preset: str | None) -> str:
 
 
 def _wall_clock(timing: Table, preset: str | None) -> str:
-    """Return the table of time and dollars; the runs of a stage that was resumed are added up."""
+    """Return the table of time and dollars; the attempts at a stage are added up, each on the GPUs that it had."""
     if not timing:
         return "No stage was timed."
-    seconds: dict[str, float] = {}
+    attempts: dict[str, Table] = {}
     for row in timing:
-        stage = str(row.get("stage"))
-        seconds[stage] = seconds.get(stage, 0.0) + row["seconds"]
-    price = dollars_per_hour()
-
-    def cells(name: str, spent: float) -> dict:
-        return {"Stage": name, "Time": duration(spent),
-                "Dollars": f"{spent / 3600 * price[0]:.2f}" if price else "n/a"}
-
-    rows = [cells(stage, spent) for stage, spent in seconds.items()] + [cells("total", sum(seconds.values()))]
-    counted = f"Dollars: {price[1]}." if price else "Dollars: n/a, this machine has no GPU of a known hourly price."
+        attempts.setdefault(str(row.get("stage")), []).append(row)
+    before_rl = [row for row in timing if not str(row.get("stage")).startswith("rl")]
+    sums = attempts | ({"total without RL": before_rl} if len(before_rl) < len(timing) else {}) | {"total": timing}
+    rows = [{"Stage": name, "Time": duration(sum(row["seconds"] for row in some)), "Dollars": _dollars(some)}
+            for name, some in sums.items()]
+    prices = {f"{row['gpus']} x {row['gpu']} at ${_price(row):.2f}": None for row in timing if _price(row)}
+    counted = (f"Dollars: {_escape(', '.join(prices))} per GPU-hour." if prices else
+               "Dollars: n/a, no stage ran on a GPU of a known hourly price.")
     notes = [counted, NANOCHAT_D20_TIME] if preset in REAL_PRESETS else [counted]
     return _table(rows) + "\n\n" + " ".join(notes)
+
+
+def _dollars(timing: Table) -> str:
+    if not all(map(_price, timing)):
+        return "n/a"
+    return f"{sum(row['seconds'] / 3600 * row['gpus'] * _price(row) for row in timing):.2f}"
+
+
+def _price(row: dict) -> float | None:
+    """Return the dollars per hour of one of the GPUs that a timed stage ran on; None when they are unknown."""
+    known = type(row.get("gpus")) is int and row["gpus"] > 0 and isinstance(row.get("gpu"), str)
+    return dollars_per_gpu_hour(row["gpu"]) if known else None
 
 
 def _body(data: dict | Table | str) -> list[str]:

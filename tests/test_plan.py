@@ -95,11 +95,68 @@ def test_every_tier_and_several_nodes_are_printed_without_any_installed_package(
     assert [line.split()[0] for line in tiers.stdout.splitlines()[3:]] == ["d12", "d20", "d26", "d32"]
     nodes = run("--depth", "32", "--gpus", "64")
     assert "64 GPUs are 8 nodes of 8" in nodes.stdout and "docs/scaling.md" in nodes.stdout
-    assert run("--depth", "20", "--micro-batch", "--memory-gib", "80").stdout == "32\n"
+    assert run("--depth", "20", "--batches", "--memory-gib", "80").stdout == "32 256 4 32 16\n"
+    refused = run("--gpus", "300")
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        2, "", "error: a step of 524,288 tokens is 256 rows of 2,048, so GPUs must be at most 256, got 300\n")
 
 
-@pytest.mark.parametrize("flags", [["--gpus", "0"], ["--depth", "-1"], ["--memory-gib", "nan"], ["--micro-batch"]])
+@pytest.mark.parametrize("flags", [["--gpus", "0"], ["--depth", "-1"], ["--memory-gib", "nan"], ["--batches"],
+                                   ["--must-fit"]])
 def test_a_plan_of_impossible_numbers_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         program.parse_args(flags)
     assert ended.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpus", [*range(1, 17), 20, 24, 32, 64, 128, 256])
+def test_a_step_stays_near_nanochats_with_any_number_of_gpus(gpus):
+    for depth in plan.TIERS:
+        machine = plan.Machine.of("h100", gpus)
+        rows, step_rows = plan.pretraining_batch(plan.Shape(depth), machine)
+        assert step_rows % (rows * gpus) == 0 and rows <= plan.micro_batch(plan.Shape(depth), gpus, 80)
+        assert abs(step_rows - 256) <= (0.05 if 256 % gpus else 0) * 256
+
+
+def test_a_plan_prints_the_batch_and_steps_that_will_run(capsys):
+    program.main(program.parse_args(["--depth", "20", "--gpus", "5"]))
+    said = capsys.readouterr().out
+    assert "21,071 steps of 532,480 (nanochat's is 524,288)" in said and "26 rows of 2,048 at a time" in said
+    assert round(20 * plan.Shape(20).parameters / 532480) == 21_071
+    program.main(program.parse_args(["--depth", "20", "--gpus", "64"]))
+    assert "21,400 steps of 524,288;" in (said := capsys.readouterr().out) and "4 rows of 2,048 at a time" in said
+
+
+def test_samples_of_pass_at_k_and_validation_are_in_the_hours():
+    stages = {stage.name: stage for stage in plan.stages(plan.Shape(20), H100)}
+    validation = stages["pretraining's validation"]
+    assert "912M tokens" in validation.basis  # 87 times 20 x 524,288
+    assert validation.hours == pytest.approx(stages["pretraining"].hours * 912.3 / 11220 / 3, rel=0.01)
+    sampling = (467 * 256 + 9 * 400 * 8) * 256 / 80_000 / 3600
+    training = 467 * 256 * 256 * plan.Shape(20).flops_per_token / (8 * 989e12 * plan.FINETUNE_MFU) / 3600
+    assert stages["RL"].hours == pytest.approx(sampling + training)
+    assert "31M sampled tokens and 7M of pass@k" in stages["RL"].basis
+
+
+def test_what_does_not_fit_is_an_error_only_where_it_must(capsys):
+    flags = ["--depth", "32", "--gpus", "1", "--gpu", "4090"]
+    program.main(program.parse_args(flags))
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        program.main(program.parse_args([*flags, "--must-fit"]))
+    assert ended.value.code == 2 and capsys.readouterr().err == (
+        "error: d32 must fit a GPU: pretraining needs 29.8 GiB (estimate), and 21.6 of 24 can be used\n")
+    program.main(program.parse_args(["--depth", "12", "--gpus", "1", "--gpu", "4090", "--must-fit"]))
+
+
+def test_columns_of_large_plans_stay_apart(capsys):
+    program.main(program.parse_args(["--depth", "100", "--gpus", "1"]))
+    [total] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("in all  ")]
+    hours, dollars = float(total[-2]), float(total[-1].replace(",", ""))
+    assert hours > 1e5 and dollars == pytest.approx(3 * hours, abs=0.02)
+
+
+@pytest.mark.parametrize("name, gib", [("NVIDIA A100-PCIE-40GB", 40), ("NVIDIA A100-SXM4-80GB", 80), ("a100", 80),
+                                       ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA GH200 480GB", 141), ("abacus", None)])
+def test_memory_follows_from_the_name(name, gib):
+    assert plan.Machine.of(name, 1).memory_gib == gib and plan.Machine.of(name, 1, memory_gib=7).memory_gib == 7

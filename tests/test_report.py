@@ -9,7 +9,7 @@ import pytest
 
 from nanochat import report as report_module
 from nanochat.common import UserError
-from nanochat.environment import dollars_per_hour, environment
+from nanochat.environment import dollars_per_gpu_hour, environment, gpus_here
 from nanochat.plots import plot_stage, points, smoothed
 from nanochat.report import Report, duration, value_text
 from scripts.report import main, parse_args
@@ -18,9 +18,9 @@ FACTS = {"Generated": "2025-12-01T12:00:00+00:00", "Commit": "0123456789ab on ma
 
 
 @pytest.fixture(autouse=True)
-def one_commit_and_no_price(monkeypatch):
+def one_commit_and_no_gpu(monkeypatch):
     monkeypatch.setattr(report_module, "git", lambda *args: "0123456789ab")
-    monkeypatch.setattr(report_module, "dollars_per_hour", lambda: None)
+    monkeypatch.setattr(report_module, "gpus_here", lambda: (0, ""))
     monkeypatch.setattr(report_module, "_now", lambda: "2025-12-01T11:50:00+00:00")
 
 
@@ -77,7 +77,7 @@ GOLDEN = """\
 | sft | 1m 05s | n/a |
 | total | 3m 35s | n/a |
 
-Dollars: n/a, this machine has no GPU of a known hourly price.
+Dollars: n/a, no stage ran on a GPU of a known hourly price.
 
 ## Tokenizer evaluation
 
@@ -256,20 +256,56 @@ def test_published_figures_stand_beside_those_of_the_real_presets_only(report, p
 
 
 def test_dollars_are_time_times_price(report, monkeypatch):
-    monkeypatch.setattr(report_module, "dollars_per_hour", lambda: (24.0, "8 x $3.00 per GPU-hour"))
+    monkeypatch.setattr(report_module, "gpus_here", lambda: (8, "NVIDIA H100 80GB HBM3"))
     report.time("base", 3 * 3600)
     report.time("sft", 900)
+    monkeypatch.setattr(report_module, "gpus_here", lambda: (0, ""))  # rendered elsewhere
     text = block(text_of(report), "Wall-clock")
     assert "| base | 3h 00m | 72.00 |\n| sft | 15m 00s | 6.00 |\n| total | 3h 15m | 78.00 |" in text
-    assert text.endswith("Dollars: 8 x $3.00 per GPU-hour.")
+    assert text.endswith("Dollars: 8 x NVIDIA H100 80GB HBM3 at $3.00 per GPU-hour.")
 
 
-@pytest.mark.parametrize("name, expected", [("NVIDIA H100 80GB HBM3", (6.0, "2 x $3.00 per GPU-hour")),
-                                            ("NVIDIA Unknown 9", None)])
+def test_every_attempt_is_paid_at_the_gpus_that_it_had(report, monkeypatch):
+    monkeypatch.setattr(report_module, "gpus_here", lambda: (8, "NVIDIA H100 80GB HBM3"))
+    report.time("base", 3600)
+    monkeypatch.setattr(report_module, "gpus_here", lambda: (3, "NVIDIA A100-SXM4-80GB"))
+    report.time("base", 3600)
+    text = block(text_of(report), "Wall-clock")
+    assert "| base | 2h 00m | 29.37 |" in text
+    assert text.endswith("8 x NVIDIA H100 80GB HBM3 at $3.00, 3 x NVIDIA A100-SXM4-80GB at $1.79 per GPU-hour.")
+    monkeypatch.setattr(report_module, "gpus_here", lambda: (1, "NVIDIA Unknown 9"))
+    report.time("sft", 60)
+    text = block(text_of(report), "Wall-clock")
+    assert "| base | 2h 00m | 29.37 |\n| sft | 1m 00s | n/a |\n| total | 2h 01m | n/a |" in text
+
+
+@pytest.mark.parametrize("row", [{"gpus": None, "gpu": "H100"}, {"gpus": 1, "gpu": 5}, {"gpus": "8"}, {}])
+def test_a_timing_row_without_its_gpus_has_no_price(report, row):
+    report.folder.mkdir(parents=True)
+    (report.folder / "timing.jsonl").write_text(json.dumps({"stage": "base", "seconds": 60} | row) + "\n")
+    assert "| base | 1m 00s | n/a |" in text_of(report)
+
+
+def test_the_total_without_rl_stands_beside_nanochats(report):
+    for stage in ("base-train", "rl-train", "rl-eval"):
+        report.time(stage, 60)
+    text = block(text_of(report, preset="d20"), "Wall-clock")
+    assert "| total without RL | 1m 00s | n/a |\n| total | 3m 00s | n/a |" in text
+
+
+def test_a_rehearsal_is_called_one_and_compared_with_nothing(report):
+    report.reset("d20 rehearsal")
+    report.scores("base", {"CORE": 0.21})
+    report.time("base", 1)
+    text = text_of(report)
+    assert text.startswith("# Report of a d20 rehearsal run\n") and "nanochat" not in text
+
+
+@pytest.mark.parametrize("name, expected", [("NVIDIA H100 80GB HBM3", 3), ("NVIDIA Unknown 9", None)])
 def test_only_known_gpus_have_a_price(monkeypatch, name, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: name)
-    assert dollars_per_hour() == expected
+    assert gpus_here() == (2, name) and dollars_per_gpu_hour(name) == expected
 
 
 def test_the_environment_is_told():
