@@ -43,8 +43,9 @@ def test_every_route_but_health_asks_for_the_token(guarded):
 
 
 @pytest.mark.parametrize("header, status", [
-    (f"Bearer {TOKEN}", 200), (f"bearer {TOKEN}", 401), (TOKEN, 401), (f"Bearer {TOKEN}x", 401),
-    (f"Bearer  {TOKEN}", 401), (f"Bearer {TOKEN[:-1]}", 401), ("Bearer ", 401), ("", 401), (f"Basic {TOKEN}", 401),
+    (f"Bearer {TOKEN}", 200), (f"bearer {TOKEN}", 200), (f"BEARER {TOKEN}", 200), (TOKEN, 401),
+    (f"Bearer {TOKEN}x", 401), (f"Bearer  {TOKEN}", 401), (f"Bearer {TOKEN[:-1]}", 401), ("Bearer ", 401), ("", 401),
+    (f"Basic {TOKEN}", 401), ("Bearer", 401), (f"Bearer{TOKEN}", 401), (f"Bearer {TOKEN.upper()}", 401),
 ])
 def test_the_token_must_be_exact(guarded, header, status):
     assert guarded.get("/v1/models", headers={"Authorization": header}).status_code == status

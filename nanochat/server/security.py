@@ -67,8 +67,9 @@ class Guard:
             raise ApiError(400, f"the Host header must name localhost, an IP address or an allowed host, got {host!r}",
                            "invalid_host")
         if self.settings.token is not None and scope["path"] not in self.public:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             wanted = b"Bearer " + self.settings.token.encode()
-            if not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
+            if not hmac.compare_digest(scheme.capitalize() + b" " + given, wanted):  # schemes have no case
                 raise ApiError(401, "this server asks for its token as `Authorization: Bearer ...`", "invalid_api_key",
                                headers={"WWW-Authenticate": "Bearer"})
 
