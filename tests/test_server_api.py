@@ -111,6 +111,8 @@ def test_usage_comes_in_a_chunk_of_its_own(hello):
     *others, last = chunks(hello, stream_options={"include_usage": True})
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 2 and "timings" in last
     assert all(chunk["usage"] is None and "timings" not in chunk for chunk in others)
+    for options in (None, {}, {"include_usage": None}, {"include_usage": False}):
+        assert not any("usage" in chunk for chunk in chunks(hello, stream_options=options))
 
 
 @pytest.mark.parametrize("reason, shown", [("stop", "stop"), ("length", "length"), ("context", "length")])
@@ -159,7 +161,7 @@ def test_log_probabilities(server):
 
     logprobs = post(client, TEXT, logprobs=2).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["A", "bytes:\\xc3", "bytes:\\xa9", "bytes:\\xc3"]
-    assert logprobs["token_logprobs"] == [-0.5, -1.0, -2.0, -3.0] and logprobs["text_offset"][:2] == [0, 1]
+    assert logprobs["token_logprobs"] == [-0.5, -1.0, -2.0, -3.0] and logprobs["text_offset"] == [0, 1, 1, 2]
     assert logprobs["top_logprobs"][0] == {"A": -0.5, "B": -1.5}
     assert engine_of(client).submitted[0].params.logprobs == 2
     assert post(client).json()["choices"][0]["logprobs"] is None
@@ -271,6 +273,8 @@ def test_models_health_and_the_schema(server):
     assert client.get("/v1/models/nanochat").json() == model
     error(client.get("/v1/models/gpt-4"), 404, "model_not_found")
     assert client.get("/health").json() == {"status": "ok"}
+    for path in ("/health", "/", "/static/main.js"):  # `wget --spider` and some load balancers ask so
+        assert client.head(path).status_code == 200
     schema = client.get("/openapi.json").json()
     assert set(schema["paths"]) == {"/health", "/metrics", "/v1/models", "/v1/models/{model}", CHAT, TEXT}
     assert "422" not in schema["paths"][CHAT]["post"]["responses"]
@@ -318,6 +322,31 @@ def test_values_outside_their_range_are_named(hello, body, param):
     assert found["type"] == "invalid_request_error"
 
 
+IDS_OR_TEXTS = "prompt: must be a string, or a list of strings, of token ids or of lists of token ids"
+
+
+@pytest.mark.parametrize("path, body, sentence", [
+    (CHAT, {"stop": ["a"] * 5}, "stop: list should have at most 4 items"), (CHAT, {"stop": ""}, "stop: string should"),
+    (CHAT, {"stop": ["a", 1]}, "stop.1: input should be a valid string, got 1"),
+    (CHAT, {"stop": 5}, "stop: must be a string or a list of strings, got 5"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]},
+     "messages.0.content: must be a string or a list of text parts, got 5"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "messages.0.content.0.text: field required"),
+    (TEXT, {"prompt": ["a"] * 17}, "prompt: list should have at most 16 items"),
+    (TEXT, {"prompt": [[1]] * 17}, "prompt: list should have at most 16 items"),
+    (TEXT, {"prompt": []}, "prompt: list should have at least 1 item"),
+    (TEXT, {"prompt": ["a", 1, "b"]}, "prompt.1: input should be a valid string, got 1"),
+    (TEXT, {"prompt": [1] * 100 + ["a"]}, "prompt.100: input should be a valid integer, got 'a'"),
+    (TEXT, {"prompt": [1] * 100 + [-1]}, "prompt.100: input should be greater than or equal to 0, got -1"),
+    (TEXT, {"prompt": [[1], []]}, "prompt.1: list should have at least 1 item"),
+    (TEXT, {"prompt": [[1], [2, "a"]]}, "prompt.1.1: input should be a valid integer, got 'a'"),
+    (TEXT, {"prompt": 5}, f"{IDS_OR_TEXTS}, got 5"), (TEXT, {"prompt": [None]}, f"{IDS_OR_TEXTS}, got [None]"),
+])
+def test_where_several_types_are_taken_the_rule_is_that_of_the_one_meant(hello, path, body, sentence):
+    assert error(post(hello, path, **body), 400, "invalid_value")["message"].startswith(sentence)
+
+
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "assistant"], ["user", "user"], ["system"],
                                    ["user", "system", "user"], ["system", "system", "user"],
                                    ["assistant", "user"], ["system", "assistant", "user"]])
@@ -331,8 +360,9 @@ def test_what_does_not_fit_the_context_is_refused_with_numbers(server):
     assert "100" in found["message"] and "got 6 for the prompt and 95 for the answer" in found["message"]
     assert post(client, max_tokens=94).status_code == 200
     long = [{"role": "user", "content": "x" * 96}]
-    error(post(client, messages=long), 400, "context_length_exceeded")
-    error(post(client, TEXT, prompt=["a", "x" * 100], max_tokens=1), 400, "context_length_exceeded")
+    assert error(post(client, messages=long), 400, "context_length_exceeded")["param"] == "messages"
+    found = error(post(client, TEXT, prompt=["a", "x" * 100], max_tokens=1), 400, "context_length_exceeded")
+    assert found["param"] == "prompt"
 
 
 def test_more_choices_than_allowed_are_refused(hello):

@@ -2,6 +2,8 @@
 on who else asks."""
 
 import threading
+import time
+import urllib.request
 
 import openai
 import pytest
@@ -21,7 +23,8 @@ def tokenizer():
 
 
 def client_for(server, **options):
-    return openai.OpenAI(base_url=f"{server.url}/v1", max_retries=0, timeout=30, **{"api_key": "any", **options})
+    return openai.OpenAI(base_url=f"{server.url}/v1", timeout=30,
+                         **{"api_key": "any", "max_retries": 0, **options})
 
 
 def answering(tokenizer, *said):
@@ -152,6 +155,18 @@ def test_log_probabilities_are_those_of_the_engine(serving, tokenizer):
     assert [token for logprobs in streams if logprobs for token in logprobs.content] == content
 
 
+def test_text_offsets_are_where_each_token_s_character_begins(serving, tokenizer):
+    model = answering(tokenizer, "Aé漢B", "<|python_start|>", "1+1", "<|python_end|>")
+    start = max(model.script) + 1 + len("2") + 2
+    model.script |= dict(enumerate([*"Cé".encode(), tokenizer.special_id("<|assistant_end|>")], start))
+    prompt = tokenizer.render_for_completion({"messages": QUESTION})
+    options = dict(model="nanochat", prompt=prompt, temperature=0, max_tokens=40, logprobs=0, stop="Bx")  # holds B back
+    (choice,) = serving(model).completions.create(**options).choices
+    assert choice.text == "Aé漢BCé" and choice.logprobs.text_offset == [0, 1, 1, 2, 2, 2, 3, 4, 5, 5]
+    chunks = serving(model).completions.create(stream=True, **options)
+    assert sum((chunk.choices[0].logprobs.text_offset for chunk in chunks), []) == choice.logprobs.text_offset
+
+
 def test_completions_by_text_and_by_ids_are_the_same(serving, tokenizer):
     client = serving()
     options = dict(model="nanochat", max_tokens=10, temperature=0)
@@ -207,8 +222,30 @@ def test_busy_and_stopping_servers_are_the_client_s_exceptions():
         waiting.join()
 
 
+@pytest.mark.parametrize("engine, code", [
+    (FakeEngine(lambda *_: endless(("text", "x")), step_seconds=0.01), "timeout"),
+    (FakeEngine(failing_steps=1), "engine_error")])
+def test_what_the_engine_has_worked_on_in_vain_is_not_asked_again(engine, code):
+    with live(create_app(lambda: engine, Settings(request_timeout=0.05))) as server:
+        client = client_for(server, max_retries=openai.DEFAULT_MAX_RETRIES)
+        with pytest.raises(openai.InternalServerError) as caught:
+            create(client)
+        assert caught.value.code == code
+        asked = [request for request in engine.submitted if request.prompt != [engine.tokenizer.bos_id]]
+        assert len(asked) == 1  # and the trial of an engine that has failed
+
+
 def test_a_client_that_closes_its_stream_frees_the_pages(serving):
-    client = serving()
+    model = random_model()
+    forward = model.forward_paged
+    model.forward_paged = lambda *args: time.sleep(0.02) or forward(*args)  # 60 tokens take longer than to close
+    client = serving(model)
     stream = create(client, stream=True, max_tokens=60, extra_body={"ignore_eos": True})
     next(stream)
     stream.close()  # the fixture checks the pages
+
+    def metrics():
+        with urllib.request.urlopen(str(client.base_url.join("/metrics"))) as answer:
+            return answer.read().decode()
+
+    until(lambda: 'nanochat_request_failures_total{code="disconnected"} 1.0' in metrics())

@@ -127,7 +127,7 @@ def test_unread_output_counts_until_it_is_read():
             assert [await anext(reader), await anext(reader)] == [event, event]
         assert not job.done
         job.receive([event] * 3, [])
-        assert job.cancelled and job.error.code == "slow_reader"
+        assert job.cancelled and job.error.code == "slow_reader" and job.error.headers == {"x-should-retry": "false"}
         with pytest.raises(ApiError):
             await anext(reader)
 
@@ -236,6 +236,7 @@ def test_an_engine_that_works_too_long_on_a_request_gives_it_up():
         assert '"code":"timeout"' in ask(server).read_until("[DONE]").data.decode()
         text = ask(server, stream=False).rest()
         assert status(text) == 503 and '"code":"timeout"' in text
+        assert "x-should-retry: false" in text and "retry-after" not in text
 
 
 # --- loading, failing, stopping -------------------------------------------------------------------
@@ -252,6 +253,8 @@ def test_while_the_model_loads_requests_are_told_so():
     with live(app, loaded=False) as server:
         for text in (get(server, "/health"), ask(server).rest(), get(server, "/v1/models")):
             assert status(text) == 503 and '"code":"loading"' in text and "retry-after: " in text
+        text = Client(server, path="/health", method="HEAD").rest()
+        assert status(text) == 503 and text.endswith("\r\n\r\n")
         assert status(get(server, "/metrics")) == 200
         loaded.set()
         until(lambda: status(get(server, "/health")) == 200)
@@ -272,6 +275,7 @@ def test_a_failed_step_fails_its_requests_and_no_later_ones(caplog):
     with serving(engine) as server:
         text = ask(server, stream=False).rest()
         assert status(text) == 503 and '"code":"engine_error"' in text and "a step that fails" not in text
+        assert "x-should-retry: false" in text and "retry-after" not in text
         assert "a step that fails" in caplog.text
         assert 'nanochat_request_failures_total{code="engine_error"} 1.0' in get(server, "/metrics")
         assert status(ask(server, stream=False).rest()) == 200

@@ -169,29 +169,29 @@ class TextAnswer(Answer):
         self._offset = defaultdict(int)  # characters of each choice so far
 
     def piece(self, index, text, tokens):
-        return self._choice(index, text, tokens)
+        return self._choice(index, [(text, tokens)])
 
     def tool_call(self, index, call):
-        return {**self._choice(index, ""), "tool_trace": [call]}
+        return {**self._choice(index), "tool_trace": [call]}
 
     def closing(self, index, reason):
-        return self._choice(index, "", reason=reason)
+        return self._choice(index, reason=reason)
 
     def choice(self, index, reason, pieces, calls):
-        text = "".join(text for text, _ in pieces)
-        tokens = [token for _, tokens in pieces for token in tokens]
-        return {**self._choice(index, text, tokens, reason), "tool_trace": calls}
+        return {**self._choice(index, pieces, reason), "tool_trace": calls}
 
-    def _choice(self, index, text, tokens=(), reason=None):
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, text, tokens), "finish_reason": reason}
+    def _choice(self, index, pieces=(), reason=None):
+        return {"index": index, "text": "".join(text for text, _ in pieces), "logprobs": self._logprobs(index, pieces),
+                "finish_reason": reason}
 
-    def _logprobs(self, index, text, tokens):
+    def _logprobs(self, index, pieces):
         if self.job.params.logprobs is None:
             return None
-        offsets = []
-        for id, _, _ in tokens:
-            offsets.append(self._offset[index])
-            self._offset[index] += len(self.token(id, 0.0)["token"])
+        tokens, offsets = [], []
+        for text, new in pieces:  # tokens come right before the text they begin: all of a piece begin with it
+            tokens += new
+            offsets += [self._offset[index]] * len(new)
+            self._offset[index] += len(text)
         return {"tokens": [self._name(id) for id, _, _ in tokens],
                 "token_logprobs": [max(logprob, LEAST_LOGPROB) for _, logprob, _ in tokens],
                 "top_logprobs": [{self._name(id): max(logprob, LEAST_LOGPROB) for id, logprob in best}

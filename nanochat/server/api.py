@@ -50,6 +50,7 @@ class Api:
 
     def add_to(self, app: FastAPI) -> None:
         app.get("/health", responses=ERRORS)(self.health)
+        app.head("/health", include_in_schema=False)(self.health)
         app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)(self.show_metrics)
         app.get("/v1/models", responses=ERRORS)(self.models)
         app.get("/v1/models/{model}", responses=ERRORS)(self.model)
@@ -112,7 +113,7 @@ class Api:
                            "invalid_value", "n")
         params = self._params(body, max(map(len, prompts)), max_tokens, logprobs)
         job = Job(prompts, params, self.settings.buffer_bytes)
-        usage = body.stream_options is not None and body.stream_options.include_usage
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         answer = kind(job, self.engine.tokenizer, self.settings.model, usage)
         stream = None
         try:
@@ -160,7 +161,8 @@ class Api:
         wanted = max_tokens or max(min(defaults.max_tokens, context - prompt), 1)
         if prompt + wanted > context:
             raise ApiError(400, f"prompt and answer must fit the context of {context} tokens, got {prompt} for the "
-                                f"prompt and {wanted} for the answer", "context_length_exceeded", "messages")
+                                f"prompt and {wanted} for the answer", "context_length_exceeded",
+                           "messages" if isinstance(body, ChatRequest) else "prompt")
 
         def given(name: str) -> float:
             value = getattr(body, name)

@@ -13,6 +13,7 @@ from nanochat.server.schemas import UNSUPPORTED
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable_error"}
 CODES = {404: "not_found", 405: "method_not_allowed", 500: "internal_error"}
 RETRY_AFTER_S = 2
+IN_VAIN = frozenset(("timeout", "slow_reader", "engine_error"))  # of a 503: the engine has worked on the request
 
 
 class ApiError(HTTPException):
@@ -20,8 +21,7 @@ class ApiError(HTTPException):
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None,
                  headers: dict[str, str] | None = None):
-        retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
-        super().__init__(status, message, {**retry, **(headers or {})})
+        super().__init__(status, message, {**_retry(status, code), **(headers or {})})
         self.code, self.param = code or CODES.get(status), param
 
     def body(self) -> dict:
@@ -33,8 +33,8 @@ class ApiError(HTTPException):
 
 
 def invalid_request(error: RequestValidationError) -> ApiError:
-    """Return the error for the most deeply nested fault: of a union's members that is the one that was meant."""
-    fault = max(error.errors(), key=lambda fault: len(fault["loc"]))
+    """Return the error for the first fault."""
+    fault = error.errors()[0]
     path = [str(part) for part in fault["loc"][1:] if _is_field(part)]
     if not path:
         return ApiError(400, "the request body must be a JSON object, sent as Content-Type: application/json",
@@ -62,9 +62,16 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, handler(lambda error: ApiError(500, "the server made a mistake; see its log")))
 
 
+def _retry(status: int, code: str | None) -> dict[str, str]:
+    """Return the headers that say when to ask again, or not to: OpenAI's client by itself asks thrice on any 503."""
+    if status == 503 and code in IN_VAIN:
+        return {"x-should-retry": "false"}
+    return {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+
+
 def _is_field(part: int | str) -> bool:
     """Say whether a part of a pydantic location is a field's name or an index, not the tag of a union's member."""
-    return isinstance(part, int) or bool(re.fullmatch("[a-z_]+", part)) and part not in ("str", "int", "float", "bool")
+    return isinstance(part, int) or bool(re.fullmatch("[a-z_]+", part)) and part not in ("str", "list")
 
 
 def _short(value: object) -> str:

@@ -5,9 +5,10 @@ declared with the one value that asks for nothing, so that anything else is refu
 `response_format` would be a wrong answer.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from nanochat.engine.request import MAX_LOGPROBS, MAX_SEED, MAX_STOP_CHARS, MAX_STOPS
 from nanochat.server.settings import MAX_MESSAGES, MAX_SAMPLES
@@ -23,12 +24,36 @@ def _refuse_true(value: bool) -> bool:
     return value
 
 
+def _kind(value: Any) -> str | None:
+    """Return the tag of the union's member that a value is meant to be: the rules of the others are not for it."""
+    return {str: "str", list: "list"}.get(type(value))
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if type(value) is list and value:
+        return {str: "list[str]", int: "list[int]", list: "list[list]"}.get(type(value[0]))
+    return "list[str]" if value == [] else _kind(value)
+
+
+def _chosen_by(kind: Callable[[Any], str | None], rule: str) -> Discriminator:
+    return Discriminator(kind, custom_error_type="union", custom_error_message=rule)
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Off = Annotated[bool, AfterValidator(_refuse_true), Field(json_schema_extra={"const": False})]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Stop = Annotated[
+    Annotated[StopString, Tag("str")] | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag("list")],
+    _chosen_by(_kind, "must be a string or a list of strings")]
+Prompt = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_SAMPLES), Tag("list[str]")]
+    | Annotated[TokenIds, Tag("list[int]")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SAMPLES), Tag("list[list]")],
+    _chosen_by(_prompt_kind, "must be a string, or a list of strings, of token ids or of lists of token ids")]
 
 
 class Body(BaseModel):
@@ -44,7 +69,8 @@ class Message(Body):
     """A turn: an optional system message (developer is the same), then user and assistant in turns, the user last."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[Annotated[str, Tag("str")] | Annotated[list[TextPart], Tag("list")],
+                       _chosen_by(_kind, "must be a string or a list of text parts")]
 
     @property
     def text(self) -> str:
@@ -52,7 +78,7 @@ class Message(Body):
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Sampling(Body):
@@ -68,7 +94,7 @@ class Sampling(Body):
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="an extra")
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | None = None
     ignore_eos: bool | None = Field(None, description="an extra, for benchmarks: go on to max_tokens")
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
@@ -96,8 +122,7 @@ class PlainText(Body):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_SAMPLES)] | TokenIds | Annotated[
-        list[TokenIds], Field(min_length=1, max_length=MAX_SAMPLES)]
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     echo: Off | None = None

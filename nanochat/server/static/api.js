@@ -31,10 +31,21 @@ async function request(path, body, signal) {
 }
 
 async function newToken(sentence) {
-  tokenAsked ??= access.ask(sentence).finally(() => { tokenAsked = null; });
+  tokenAsked ??= askedToken(sentence).finally(() => { tokenAsked = null; });
   const token = await tokenAsked;
   if (token) remember(TOKEN, token, "sessionStorage");
   return Boolean(token);
+}
+
+/** Return a token that can be a header's value, as every server's is; what is pasted may have signs nobody sees. */
+async function askedToken(sentence) {
+  for (;;) {
+    const token = (await access.ask(sentence))?.trim();
+    const strange = token?.match(/[^ -~]/u);
+    if (!strange) return token;
+    const code = strange[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+    sentence = `A token must be printable ASCII; this one has U+${code} at place ${strange.index + 1}.`;
+  }
 }
 
 async function errorOf(response) {

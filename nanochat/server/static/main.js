@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { ask, openSettings, settings } from "./dialogs.js";
 import { $, element, iconButton, say } from "./dom.js";
-import { count, fit, follow, show, submitOnEnter, update } from "./messages.js";
+import { count, editing, fit, follow, show, submitOnEnter, update } from "./messages.js";
 import { recall, remember } from "./storage.js";
 import * as store from "./store.js";
 
@@ -100,7 +100,7 @@ function paint(node) {
 
 function send(text) {
   const id = current ?? store.create(text.split("\n", 1)[0].slice(0, 80));
-  const nodes = store.path(store.get(id));
+  const nodes = store.path(store.get(id), editing);
   const node = { id: store.newId(), parent: nodes.at(-1)?.id ?? null, role: "user", text };
   store.put(id, node);
   if (!current) {
@@ -113,7 +113,6 @@ function send(text) {
 const actions = {
   refresh,
   edit(node, text) {
-    if (running.has(current)) return;
     const changed = { ...node, id: store.newId(), text };
     store.put(current, changed);
     prompt.focus();
@@ -131,8 +130,10 @@ const actions = {
 
 function go(id) {
   current = id && store.get(id) ? id : null;
-  if (location.hash.slice(1) !== (current ?? "")) history.pushState(null, "", current ? `#${current}` : location.pathname);
-  prompt.value = recall(draftKey(), "sessionStorage") ?? "";
+  const shown = location.hash.slice(1);
+  const change = shown && !store.get(shown) ? "replaceState" : "pushState";  // nobody goes back to what is gone
+  if (shown !== (current ?? "")) history[change](null, "", current ? `#${current}` : location.pathname);
+  prompt.value = recall(store.draftKey(current), "sessionStorage") ?? "";
   fit(prompt);
   openMenu(false);
   refresh();
@@ -144,8 +145,7 @@ function newChat() {
   prompt.focus();
 }
 
-const draftKey = () => `nanochat/draft/${current ?? "new"}`;
-const keepDraft = () => remember(draftKey(), prompt.value, "sessionStorage");  // of this tab: two do not mix theirs
+const keepDraft = () => remember(store.draftKey(current), prompt.value, "sessionStorage");
 
 // --- what the page shows ---
 
@@ -165,7 +165,7 @@ function refresh() {
 }
 
 function showContext(conversation) {
-  const used = conversation ? store.path(conversation).findLast((node) => node.usage)?.usage.total_tokens : 0;
+  const used = conversation ? store.path(conversation, editing).findLast((node) => node.usage)?.usage.total_tokens : 0;
   const limit = model?.max_model_len;
   $("context").textContent = used && limit ? `${count(used)} of ${count(limit)} tokens` : "";
   const near = used && limit && used >= NEARLY_FULL * limit;
@@ -185,7 +185,8 @@ function showList() {
   const focused = list.contains(document.activeElement) && document.activeElement.dataset.key;
   list.signature = wanted.join();
   list.replaceChildren(...store.list().map(entry));
-  if (focused) (list.querySelector(`[data-key="${focused}"]`) ?? $("new")).focus();
+  const next = list.querySelector(`[data-key="${focused}"]`) ?? $("new");
+  if (focused) ($("sidebar").inert ? $("menu") : next).focus();
 }
 
 function entry({ id, title }) {
@@ -205,6 +206,7 @@ function entry({ id, title }) {
     refresh();
   });
   rename.dataset.key = `${id}/rename`;
+  remove.dataset.key = `${id}/delete`;
   return element("li", { className: running.has(id) ? "running" : "" }, link, rename, remove);
 }
 
@@ -225,6 +227,7 @@ $("composer").onsubmit = (event) => {
   prompt.value = "";
   keepDraft();
   fit(prompt);
+  if ($("send").matches(":focus-visible")) prompt.focus();  // the button gives way to Stop
   send(text);
 };
 prompt.onkeydown = (event) => submitOnEnter(event, $("composer"));
@@ -279,7 +282,10 @@ addEventListener("pagehide", () => {
 narrow.onchange = () => openMenu(false);
 api.access.ask = (sentence) => ask({ title: "This server asks for a token", text: sentence, value: "", secret: true, ok: "Continue" });
 
-store.open(() => refresh());
+store.open((id) => {
+  if (!store.get(id)) running.get(id)?.controller.abort();  // deleted in another tab: nobody could stop it any more
+  refresh();
+});
 go(location.hash.slice(1));
 connect();
 document.body.dataset.ready = "";  // what is clicked from now on is answered

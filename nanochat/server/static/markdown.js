@@ -3,13 +3,13 @@
 
 import { copyButton, element } from "./dom.js";
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t#]*$/;
+const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*([\w+#.-]*)/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]/;
 const RULE = /^ {0,3}([-*_])([ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])( {1,4}(?=\S)|$)/;
-const ROW_OF_DASHES = /^ *\|?( *:?-+:? *\|)+ *(:?-+:? *)?$/;
-const INLINE = /\\[!-/:-@[-`{-~]|`+|\*+|_+|\[|https?:\/\/[^\s<>"'`*\\]+|\n/g;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])([ \t]{1,4}(?=\S)|$)/;
+const TAB = 4;
+const INLINE = /\\[!-/:-@[-`{-~]|`+|\*+|_+|\[|https?:\/\/[^\s<>"'`*\\\uE000-\uF8FF]+|\n/g;
 const LINK = /\[([^[\]\n]{1,500})\]\(<?([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?: +"[^"\n]*")?\)/y;
 const DEEPEST = 8;
 const CHIPS = /[\uE000-\uF8FF]/g;  // private-use characters stand for elements; a model's own become U+FFFD
@@ -58,8 +58,32 @@ function kindAt(lines, i) {
   if (HEADING.test(line)) return "heading";
   if (RULE.test(line)) return "rule";
   if (QUOTE.test(line)) return "quote";
-  if (ITEM.test(line)) return "list";
-  return line.includes("|") && ROW_OF_DASHES.test(lines[i + 1] ?? "") ? "table" : "paragraph";
+  if (itemOf(line)) return "list";
+  return line.includes("|") && isRowOfDashes(lines[i + 1] ?? "") ? "table" : "paragraph";
+}
+
+/** Say whether a line ends a paragraph before it: a list that begins there begins at 1, other numbers may be a year. */
+function interrupts(lines, i) {
+  const kind = kindAt(lines, i);
+  return kind === "list" ? /^(\D|1\D)/.test(itemOf(lines[i])[2]) : kind !== "paragraph";
+}
+
+const itemOf = (line) => ITEM.exec(outdent(line, 0, Infinity));
+const isOrdered = (line) => /\d/.test(itemOf(line)[2]);
+const isRowOfDashes = (line) => line.includes("|") && cellsOf(line).every((cell) => /^:?-+:?$/.test(cell));
+const closes = (line, fence) => line.trim().startsWith(fence) && !line.trim().replaceAll(fence[0], "");
+
+/** Return a line without the blanks of its first `width` columns. Tabs become spaces, but only up to column `upto`. */
+function outdent(line, width, upto = width) {
+  let at = 0, column = 0;
+  for (; column < upto && /[ \t]/.test(line[at] ?? ""); at++) column += line[at] === " " ? 1 : TAB - (column % TAB);
+  return " ".repeat(Math.max(0, column - width)) + line.slice(at);
+}
+
+/** Return the cells of a table's line; `\|` is part of one. */
+function cellsOf(line) {
+  const cells = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/);
+  return cells.map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
 function endOf(kind, lines, start) {
@@ -70,19 +94,18 @@ function endOf(kind, lines, start) {
   };
   if (kind === "code") {
     const fence = FENCE.exec(lines[start])[1];
-    return until((line) => line.trim().startsWith(fence) && !line.trim().replaceAll(fence[0], "")) + 1;
+    return until((line) => closes(line, fence)) + 1;
   }
   if (kind === "quote") return until((line) => !QUOTE.test(line));
   if (kind === "table") return until((line) => !line.includes("|"), start + 2);
-  if (kind === "paragraph") return until((line, i) => !line.trim() || kindAt(lines, i) !== "paragraph");
+  if (kind === "paragraph") return until((line, i) => !line.trim() || interrupts(lines, i));
   if (kind !== "list") return start + 1;
   const ordered = isOrdered(lines[start]);
-  const inList = (line = "") => /^ {2,}\S/.test(line) || (ITEM.test(line) && !RULE.test(line) && isOrdered(line) === ordered);
-  return until((line, i) => !inList(line) && (line.trim() ? !lines[i - 1].trim() || kindAt(lines, i) !== "paragraph"
+  const inList = (line = "") => /^( {2}| ?\t)\s*\S/.test(line)
+    || (itemOf(line) && !RULE.test(line) && isOrdered(line) === ordered);
+  return until((line, i) => !inList(line) && (line.trim() ? !lines[i - 1].trim() || interrupts(lines, i)
     : !inList(lines[i + 1])));
 }
-
-const isOrdered = (line) => /\d/.test(ITEM.exec(line)[2]);
 
 function build({ kind, lines }, chips, depth) {
   const inline = (tag, text) => addInline(element(tag), text, chips);
@@ -90,7 +113,8 @@ function build({ kind, lines }, chips, depth) {
   if (kind === "rule") return element("hr");
   if (kind === "table") return table(lines, inline);
   if (kind === "heading") {
-    const [, marks, text] = HEADING.exec(lines[0]);
+    const [opening, marks] = HEADING.exec(lines[0]);
+    const text = lines[0].slice(opening.length).trim().replace(/(^|[ \t])#+$/, "").trim();
     return inline(marks.length < 3 ? "h3" : "h4", text);  // h1 and h2 are the page's own
   }
   if (depth < DEEPEST && kind === "quote") {
@@ -103,19 +127,17 @@ function build({ kind, lines }, chips, depth) {
 
 function codeBlock(lines, chips) {
   const [, fence, language] = FENCE.exec(lines[0]);
-  const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
-  const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  const code = addText(element("code"), text, chips);
+  const closed = lines.length > 1 && closes(lines.at(-1), fence);
+  const code = addText(element("code"), lines.slice(1, closed ? -1 : undefined).join("\n"), chips);
   const bar = element("div", { className: "bar" }, element("span", {}, language || "code"),
-    copyButton("Copy code", () => text));
+    copyButton("Copy code", () => code.textContent));
   return element("div", { className: "code" }, bar,
     element("pre", { tabIndex: 0, role: "group", "aria-label": "Code" }, code));
 }
 
 function table(lines, inline) {
-  const cells = (line) => line.trim().replace(/^\|/, "").replace(/\|$/, "").split("|").map((cell) => cell.trim());
-  const aligned = cells(lines[1]).map((dashes) => (dashes.endsWith(":") ? (dashes.startsWith(":") ? "center" : "right") : ""));
-  const row = (tag, line) => element("tr", {}, ...cells(line).slice(0, aligned.length).map((text, i) => {
+  const aligned = cellsOf(lines[1]).map((dashes) => (dashes.endsWith(":") ? (dashes.startsWith(":") ? "center" : "right") : ""));
+  const row = (tag, line) => element("tr", {}, ...cellsOf(line).slice(0, aligned.length).map((text, i) => {
     const cell = inline(tag, text);
     cell.style.textAlign = aligned[i];
     return cell;
@@ -126,15 +148,15 @@ function table(lines, inline) {
 }
 
 function list(lines, chips, depth) {
-  const [, indent, marker] = ITEM.exec(lines[0]);
+  const [, indent, marker] = itemOf(lines[0]), ordered = isOrdered(lines[0]);
   const items = [];
   let width = 0;
   for (const line of lines) {
-    const item = ITEM.exec(line);
-    if (item && item[1].length <= indent.length + 1) {
+    const item = itemOf(line);
+    if (item && item[1].length <= indent.length + 1 && isOrdered(line) === ordered) {
       width = item[0].length;
-      items.push([line.slice(width)]);
-    } else items.at(-1).push(line.replace(new RegExp(`^ {0,${width}}`), ""));
+      items.push([outdent(line, 0, Infinity).slice(width)]);
+    } else items.at(-1).push(outdent(line, width));
   }
   const made = items.map((item) => {
     const [first, ...rest] = parse(item);
@@ -144,7 +166,7 @@ function list(lines, chips, depth) {
     li.append(...rest.map((block) => build(block, chips, depth + 1)));
     return li;
   });
-  return /\d/.test(marker) ? element("ol", { start: parseInt(marker) }, ...made) : element("ul", {}, ...made);
+  return ordered ? element("ol", { start: parseInt(marker) }, ...made) : element("ul", {}, ...made);
 }
 
 /** Append text with emphasis, code and links to a parent; returns the parent. */
@@ -166,7 +188,7 @@ function addInline(parent, text, chips, withLinks = true) {
   };
   const emphasis = (mark, before, after) => {
     const matching = open.findLastIndex((one) => one.mark === mark);
-    if (matching > 0 && /\S/.test(before) && !/\w/.test(after)) {
+    if (matching > 0 && /\S/.test(before) && (mark[0] === "*" || !/\w/.test(after))) {
       flush();
       while (open.length > matching + 1) close();
       const { node } = open.pop();
@@ -209,7 +231,7 @@ function addInline(parent, text, chips, withLinks = true) {
         end = at + whole[0].length;
       } else plain += found;
     } else {
-      const address = found.replace(/[.,:;!?)\]}'"]+$/, "");
+      const address = addressIn(found);
       const made = withLinks && link(address);
       end = at + (made ? address.length : found.length);
       if (made) add(addText(made, address, chips));
@@ -223,6 +245,14 @@ function addInline(parent, text, chips, withLinks = true) {
   return parent;
 }
 
+/** Return an address without what belongs to the sentence around it; a parenthesis that it opens itself it also ends. */
+function addressIn(found) {
+  let end = found.length;
+  let surplus = found.split(")").length - found.split("(").length;  // parentheses that were opened before it
+  while (/[.,:;!?\]}_]/.test(found[end - 1]) || (found[end - 1] === ")" && surplus-- > 0)) end--;
+  return found.slice(0, end);
+}
+
 /** Return where the run of backticks that ends inline code begins, or -1. */
 function endOfCode(text, fence, from) {
   const runs = /`+/g;
@@ -232,7 +262,7 @@ function endOfCode(text, fence, from) {
 }
 
 function link(address) {
-  if (!/^https?:\/\//.test(address) || !URL.canParse(address) || CHIPS.test(address)) return null;
+  if (!/^https?:\/\//.test(address) || !URL.canParse(address) || address.search(CHIPS) >= 0) return null;
   return element("a", { href: address, target: "_blank", rel: "noopener noreferrer nofollow" });
 }
 

@@ -6,13 +6,13 @@ import { path, siblings } from "./store.js";
 
 const log = $("log"), messages = $("messages");
 const built = new Map();  // node's id -> its element
-let editing = null;  // id of the message that is being edited
+export let editing = null;  // id of the message that is being edited; it stays, whatever another tab picks
 
 /** Show a conversation, or the welcome for null. live: the node that is being written here, or undefined.
  *
  *  actions: edit(node, text), again(node), pick(node), refresh(). limit: tokens of the model's context, if known. */
 export function show(conversation, live, actions, limit) {
-  const nodes = conversation ? path(conversation) : [];
+  const nodes = conversation ? path(conversation, editing) : [];
   if (!nodes.some((node) => node.id === editing)) editing = null;
   const wanted = nodes.map((node) => node.id === live?.id ? messageOf(live, [live], true, actions, limit)
     : messageOf(node, siblings(conversation, node), false, actions, limit));
@@ -29,6 +29,15 @@ export function show(conversation, live, actions, limit) {
   follow();
 }
 
+/** Return what a button does that changes its message: an edit of a later one would stand where nothing leads. */
+function changing(act) {
+  return ({ currentTarget }) => {
+    const editor = messages.querySelector(".editor");
+    if (editor && currentTarget.compareDocumentPosition(editor) & Node.DOCUMENT_POSITION_FOLLOWING) editing = null;
+    act();
+  };
+}
+
 /** Show what has been added to the node that is being written. */
 export function update(node) {
   const made = built.get(node.id);
@@ -37,7 +46,8 @@ export function update(node) {
 }
 
 function messageOf(node, branches, isLive, actions, limit) {
-  const signature = JSON.stringify([isLive || node, branches.map((one) => one.id), editing === node.id, limit]);
+  const signature = editing === node.id ? "edited"  // and nothing that happens meanwhile takes away what is typed
+    : JSON.stringify([isLive || node, branches.map((one) => one.id), limit]);
   const before = built.get(node.id);
   if (before?.signature === signature) return before;
   const user = node.role === "user";
@@ -56,7 +66,7 @@ function answer(node, isLive, actions) {
   const text = element("div", { className: "text" });
   showText(text, node, isLive);
   if (node.state !== "failed") return [text];
-  const again = element("button", { type: "button", onclick: () => actions.again(node), "data-change": "" }, "Try again");
+  const again = element("button", { type: "button", onclick: changing(() => actions.again(node)), "data-change": "" }, "Try again");
   return [text, element("div", { className: "error", role: "alert" }, element("p", {}, node.error), again)];
 }
 
@@ -74,7 +84,7 @@ function toolCall({ input, output }) {
 function footer(node, branches, actions, limit) {
   const made = element("footer");
   const change = (name, label, onclick) => {
-    const button = iconButton(name, label, onclick);
+    const button = iconButton(name, label, changing(onclick));
     button.dataset.change = "";  // nothing can be changed while an answer is written
     return button;
   };
@@ -129,12 +139,14 @@ function editor(node, actions) {
     actions.refresh();
     built.get(node.id)?.querySelector("[aria-label='Edit message']")?.focus();
   };
+  const send = element("button", { type: "submit", className: "strong", "data-change": "" }, "Send");
   const form = element("form", { className: "editor", onsubmit: (event) => {
     event.preventDefault();
-    if (area.value.trim()) actions.edit(node, area.value.trim());
+    if (!area.value.trim() || send.disabled) return;
+    editing = null;
+    actions.edit(node, area.value.trim());
   } }, area, element("div", { className: "buttons" },
-    element("button", { type: "button", onclick: cancel }, "Cancel"),
-    element("button", { type: "submit", className: "strong", "data-change": "" }, "Send")));
+    element("button", { type: "button", onclick: cancel }, "Cancel"), send));
   area.onkeydown = (event) => {
     if (event.key === "Escape") {
       event.stopPropagation();

@@ -5,12 +5,17 @@
 // node: {id, parent (null for a first message), role, text, calls: [{input, output, at (offset in text)}],
 //        state ("open" while it is written, "done", "stopped", "failed"), error, finish, seed, usage, timings}
 
+import { remember } from "./storage.js";
+
 const PREFIX = "nanochat/conversation/";
 const ID = /^[0-9a-f]{16}$/;
 const unsaved = new Map();  // what the storage had no room for, kept as long as the page lives
 const known = new Map();  // conversations as last read
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
+
+/** Return the key in sessionStorage of what is typed but not sent: two tabs do not mix theirs. */
+export const draftKey = (id) => `nanochat/draft/${id ?? "new"}`;
 
 /** Return all conversations, the last changed first. */
 export const list = () => [...known.values()].sort((a, b) => b.updated - a.updated);
@@ -73,7 +78,7 @@ export function put(id, ...nodes) {
     if (at >= 0) conversation.nodes[at] = { ...node };
     else {
       conversation.nodes.push({ ...node });
-      conversation.picked[node.parent ?? "root"] = node.id;
+      Object.assign(conversation.picked, picksTo(conversation, node.id));
     }
   }
   conversation.updated = Date.now();
@@ -100,17 +105,26 @@ export function remove(id) {
   } catch {
     // it was never stored
   }
+  remember(draftKey(id), "", "sessionStorage");
+  for (const waiting of [...unsaved.values()]) write(waiting);  // there may be room now
 }
 
 export const siblings = (conversation, node) => conversation.nodes.filter((other) => other.parent === node.parent);
 
-/** Return the nodes from the first message to the last along the branches that are picked. */
-export function path(conversation) {
-  const nodes = [];
+/** Return which child of each message leads to the node `id`: nothing when there is no such node. */
+function picksTo({ nodes }, id) {
+  const picks = {};
+  for (let node; (node = nodes.find((other) => other.id === id)); id = node.parent) picks[node.parent ?? "root"] = id;
+  return picks;
+}
+
+/** Return the nodes from the first message to the last along the branches that are picked, or by way of a node. */
+export function path(conversation, through = null) {
+  const nodes = [], picks = { ...conversation.picked, ...picksTo(conversation, through) };
   for (let parent = null; ;) {
     const children = conversation.nodes.filter((node) => node.parent === parent);
     if (!children.length) return nodes;
-    const picked = conversation.picked[parent ?? "root"];
+    const picked = picks[parent ?? "root"];
     nodes.push(children.find((node) => node.id === picked) ?? children.at(-1));
     parent = nodes.at(-1).id;
   }
