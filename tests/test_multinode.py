@@ -271,17 +271,20 @@ def test_nodes_without_a_shared_base_directory_are_refused(tmp_path):
 def join_and_lose_rank_1(args: argparse.Namespace) -> None:
     runtime = init_runtime("cpu")
     if runtime.rank == 1:
-        mistake()
+        FAULTS[args.fault][0]()
     runtime.all_reduce(torch.ones(1))
 
 
 def test_an_attempt_reads_nothing_of_the_one_before(tmp_path):
     """torchrun keeps one store for all attempts of a job: addresses, the shared folder's marker, reasons to end."""
     nodes = [{"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "LOCAL_WORLD_SIZE": "1"}] * 2
-    first = Job(tmp_path / "first", join_and_lose_rank_1, nodes)
+    first = Job(tmp_path / "first", join_and_lose_rank_1, nodes, fault="mistaken")
     assert [code for code, _ in first.ended()] == [2, 2]
-    second = Job(tmp_path / "second", join_only, nodes, store=first.store)
-    assert second.ended() == [(0, ""), (0, "")]
+    second = Job(tmp_path / "second", join_and_lose_rank_1, nodes, store=first.store, fault="killed")
+    code, output = second.ended()[0]
+    assert code == 2 and FAULTS["killed"][1] in output and "the value must be another" not in output
+    third = Job(tmp_path / "third", join_only, nodes, store=first.store)
+    assert third.ended() == [(0, ""), (0, "")]
 
 
 def test_every_attempt_has_a_name_that_all_its_ranks_know_whatever_is_in_the_store():
