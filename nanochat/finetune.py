@@ -15,11 +15,14 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import LoaderBatches, Schedule
 
 PAD_MULTIPLE = 16  # of a padded row's length: conversations of 20 to 75 tokens waste a third of a multiple of 64
+# Held-out rows of an evaluation, in updates' worth: as many on any number of GPUs, at nanochat's sizes its
+# 20 x 524,288 tokens, and what its 100 batches of 4 rows on each of 8 GPUs are.
+EVAL_UPDATES = {"mid": 20, "sft": 100}
 SAMPLE = 4000  # conversations packed to tell how many rows all of them will fill, in about a second
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, rows: int, device_batch_size: int,
-                       eval_batches: int, eval_every: int, lr_scale: float) -> None:
+                       eval_every: int, lr_scale: float) -> None:
     """Add the flags of a stage that starts from another stage and trains on conversations."""
     parser.add_argument("--source", default=source, choices=["base", "mid", "sft"], help="stage to start from")
     parser.add_argument("--depth", type=int, default=None, help="model depth; default: the deepest of the source stage")
@@ -32,8 +35,9 @@ def add_finetune_flags(parser: argparse.ArgumentParser, *, source: str, rows: in
     parser.add_argument("--num-steps", type=flags.positive_int_or_off, default=-1,
                         help="updates; -1 = one pass over the conversations")
     parser.add_argument("--rows-per-step", type=flags.positive_int, default=rows, help="rows per update over all ranks")
-    parser.add_argument("--eval-batches", type=flags.positive_int, default=eval_batches,
-                        help="validation micro-batches per rank")
+    parser.add_argument("--eval-batches", type=flags.positive_int, default=None, help="validation micro-batches per "
+                        f"rank; default: the rows of {EVAL_UPDATES['mid']} updates in mid-training, "
+                        f"{EVAL_UPDATES['sft']} in SFT, over all ranks")
     add_training_flags(parser, device_batch_size=device_batch_size, lr_scale=lr_scale, eval_every=eval_every,
                        save_every=-1)
 
@@ -45,6 +49,7 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     model, tokenizer, source_state = model_from(args.source, args, runtime)
     accumulation = accumulation_steps(args.rows_per_step, args.device_batch_size, runtime, flag="--rows-per-step")
     context = model.config.sequence_len
+    eval_batches = args.eval_batches or EVAL_UPDATES[stage] * accumulation
     T = args.sequence_len if args.sequence_len > 0 else context
     if T > context:
         raise UserError(f"--sequence-len must be at most the model's context of {context} tokens, got {T}")
@@ -59,7 +64,7 @@ def finetune(stage: str, title: str, args: argparse.Namespace, *, pack: bool, wa
     def evaluate(step: int) -> dict:
         batches = loader(val_task)
         try:
-            return {"val_loss": mean_loss(model, batches, args.eval_batches, runtime)}
+            return {"val_loss": mean_loss(model, batches, eval_batches, runtime)}
         finally:
             batches.close()
 

@@ -11,8 +11,7 @@ from nanochat.finetune import add_finetune_flags, finetune
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_finetune_flags(parser, source="mid", rows=32, device_batch_size=4, eval_batches=100, eval_every=100,
-                       lr_scale=0.02)
+    add_finetune_flags(parser, source="mid", rows=32, device_batch_size=4, eval_every=100, lr_scale=0.02)
     return parser.parse_args(argv)
 
 

@@ -11,8 +11,7 @@ from nanochat.finetune import add_finetune_flags, finetune
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_finetune_flags(parser, source="base", rows=256, device_batch_size=32, eval_batches=20, eval_every=150,
-                       lr_scale=1.0)
+    add_finetune_flags(parser, source="base", rows=256, device_batch_size=32, eval_every=150, lr_scale=1.0)
     return parser.parse_args(argv)
 
 

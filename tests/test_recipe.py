@@ -68,6 +68,25 @@ def test_the_stages_run_on_the_hubs_tasks_and_report_what_they_read(shelf, tmp_p
     assert len(rl["pass@k on 2 held-out problems"]) == 8
 
 
+@pytest.mark.parametrize(("stage", "updates"), [("mid", 20), ("sft", 100)])
+def test_an_evaluation_reads_as_many_rows_whatever_the_micro_batch(stage, updates, tmp_path, monkeypatch):
+    """Per rank it is updates x micro-batches of an update, which more GPUs make fewer; at nanochat's 256 rows of 2,048
+    tokens 20 x 524,288 tokens. A number of --eval-batches is taken as it is."""
+    read = []
+    monkeypatch.setattr(finetune, "mean_loss", lambda model, batches, n, runtime: float(read.append(n) or 1))
+    assert tiny.FLAGS[stage][-2] == "--eval-batches"
+    monkeypatch.setitem(tiny.FLAGS, stage, tiny.FLAGS[stage][:-2])
+    tiny.prepare_base_dir(tmp_path / "run")
+    tiny.train("base", tmp_path / "run", "--num-steps", "1")
+    for flags, batches in ((("1", "4"), 4 * updates), (("2", "4"), 2 * updates), (("4", "4"), updates),
+                           (("2", "8"), 4 * updates), (("2", "8", "--eval-batches", "3"), 3)):
+        tiny.remove(tmp_path / "run" / "artifacts" / "checkpoints" / stage)
+        tiny.train(stage, tmp_path / "run", "--source", "base", "--num-steps", "1", "--device-batch-size", flags[0],
+                   "--rows-per-step", *flags[1:])
+        assert set(read) == {batches}
+        read.clear()
+
+
 def test_files_alone_need_a_validation_and_are_resumed_as_the_same_tasks(tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps(hub_shelf.CHAT_ROW["messages"]), encoding="utf-8")
