@@ -16,6 +16,7 @@ import tiny_pipeline as tiny
 import torch
 import torch.distributed as dist
 from test_train_resume import RandomBatches, bare_trainer, free_ports
+from torch.distributed.launcher.api import LaunchConfig
 
 from nanochat.checkpoint import find_checkpoint
 from nanochat.common import UserError, close_runtime, init_runtime, print0, run_script
@@ -350,3 +351,55 @@ def test_a_rank_without_a_world_speaks(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     print0("one of two")
     assert capsys.readouterr().out == "alone\n"
+
+
+# --- the documented commands ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    """The batch file of docs/scaling.md under fakes of srun and scontrol; returns (start, what they logged)."""
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").split("\nUnder Slurm")[1].split("\n\n")[1]
+    file = tmp_path / "job.sh"
+    file.write_text("".join(f"{line.removeprefix('    ')}\n" for line in text.splitlines()), encoding="utf-8")
+    fakes = {"srun": 'echo "srun $*" >>log\n[ -n "$DONE" ] && exit\ntrap "echo saved >>log; exit 1" TERM\n'
+                     "sleep 60 & wait",
+             "scontrol": 'echo "scontrol $*" >>log'}
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+
+    def start(**variables):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[0-1]",
+               "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64", "DONE": "", **variables}
+        return subprocess.Popen(["bash", "-eu", file], cwd=tmp_path, env=env, start_new_session=True)
+
+    return start, tmp_path / "log"
+
+
+def test_the_slurm_job_saves_before_its_time_is_over_and_queues_again(slurm_job):
+    start, log = slurm_job
+    job = start()
+    while "srun" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.05)
+    time.sleep(0.2)  # until srun's fake has its trap
+    job.terminate()
+    assert job.wait(30) != 0
+    os.killpg(job.pid, signal.SIGKILL)  # the fake's sleep
+    _, srun, *rest = log.read_text().splitlines()
+    assert srun.startswith("srun --cpus-per-task=64 --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run ")
+    assert rest == ["saved", "scontrol requeue 7"]
+
+
+def test_a_slurm_job_that_is_done_does_not_queue_again(slurm_job):
+    start, log = slurm_job
+    assert start(DONE="yes").wait(30) == 0
+    assert "requeue" not in log.read_text()
+
+
+def test_torchrun_reads_the_documented_timeout(monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "110")
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    if not hasattr(config, "shutdown_timeout"):
+        pytest.skip(f"torch {torch.__version__} has no such setting")
+    assert config.shutdown_timeout == 110
