@@ -7,8 +7,8 @@ of it has been checked. safetensors and JSON only: weights or a tokenizer in a p
 
 import json
 import os
+import shutil
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from httpx2 import HTTPError
@@ -38,8 +38,22 @@ def import_model(source: str, stage: str, revision: str = "main") -> Path:
     The base directory's tokenizer becomes the model's. UserError, and nothing written, when the base directory has
     another one or the stage has a checkpoint of this depth.
     """
-    folder = Path(source) if Path(source).is_dir() else _download(source, revision)
+    if Path(source).is_dir():
+        folder = Path(source)
+    else:
+        folder = _fetch_description(source, revision)
+        _find_place(folder, stage)  # the weights, gigabytes, only for a model that has one
+        _fetch_weights(source, revision, folder)
     config, tensors = read_model(folder)
+    tokenizer, target = _find_place(folder, stage)
+    state = {"stage": stage, "step": 0, "model_config": asdict(config), "tokenizer_fingerprint": tokenizer.fingerprint,
+             "kernels": {}, "args": {"imported_from": source, "revision": revision}}
+    return _save(tokenizer, tensors, state, target)
+
+
+def _find_place(folder: Path, stage: str) -> tuple[Tokenizer, Path]:
+    """Return a model's tokenizer and the folder its checkpoint belongs into; UserError where they cannot go there."""
+    config = read_config(folder)
     tokenizer = read_tokenizer(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the tokenizer must have the model's vocabulary of {config.vocab_size}, "
@@ -52,23 +66,41 @@ def import_model(source: str, stage: str, revision: str = "main") -> Path:
     if any(place.glob("*")) and (own := Tokenizer.load(place)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{place} holds tokenizer {own.fingerprint[:12]}, the model needs "
                         f"{tokenizer.fingerprint[:12]}; set NANOCHAT_BASE_DIR to another folder")
-    tokenizer.save(place)
-    state = {"stage": stage, "step": 0, "model_config": asdict(config), "tokenizer_fingerprint": tokenizer.fingerprint,
-             "kernels": {}, "args": {"imported_from": source, "revision": revision}}
-    return save_checkpoint(target, 0, {"model": tensors}, state)
+    return tokenizer, target
+
+
+def _save(tokenizer: Tokenizer, tensors: dict[str, Tensor], state: dict, target: Path) -> Path:
+    """Save tokenizer and checkpoint; after a failure what was not there before is not there."""
+    place = base_dir() / "tokenizer"
+    made = [folder for folder in (place, target) if not (folder.exists() and any(folder.glob("*")))]
+    try:
+        tokenizer.save(place)
+        return save_checkpoint(target, 0, {"model": tensors}, state)
+    except BaseException as error:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"the tokenizer cannot be saved in {place} ({error.strerror})") from error
+        raise
 
 
 # --- config and weights ---------------------------------------------------------------------------
 
 
-def read_model(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the shape and, under our names, the tensors of a transformers NanoChat folder, in the dtypes they have."""
+def read_config(folder: Path) -> GPTConfig:
+    """Return the shape of the model in a transformers NanoChat folder; UserError where we compute another."""
     raw = _read_json(folder / "config.json")
     config = from_config(raw, str(folder / "config.json"))
     eps = raw.get("rms_norm_eps", RMS_NORM_EPS)
     if eps not in (RMS_NORM_EPS, 1e-6):  # nanochat's models were trained with the first and published with the second
         raise UserError(f"{folder / 'config.json'}: rms_norm_eps must be {RMS_NORM_EPS} or 1e-06, got {eps!r}")
-    if eps != RMS_NORM_EPS:
+    return config
+
+
+def read_model(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Return the shape and, under our names, the tensors of a transformers NanoChat folder, in the dtypes they have."""
+    config, raw = read_config(folder), _read_json(folder / "config.json")
+    if (eps := raw.get("rms_norm_eps", RMS_NORM_EPS)) != RMS_NORM_EPS:
         print0(f"note: config.json has rms_norm_eps {eps}, this program computes with {RMS_NORM_EPS}")
     theirs = _read_tensors(folder)
     table = tensor_table(config)
@@ -129,7 +161,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         pattern, vocabulary, merges = _parts(file)
         tokenizer = Tokenizer.from_merges(_pairs(vocabulary, merges), pattern)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise UserError(f"{path} must be a byte-level BPE tokenizer of tokenizers ({error!r})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -193,24 +225,27 @@ def _pairs(vocabulary: dict[str, int], merges: list) -> list[tuple[int, int]]:
 # --- the hub --------------------------------------------------------------------------------------
 
 
-def _download(repo: str, revision: str) -> Path:
-    """Fetch what an import reads, by exact file names, and return the folder that holds it."""
+def _fetch_description(repo: str, revision: str) -> Path:
+    """Fetch all that an import reads but the weights, by exact file names, and return the folder that holds it."""
     def has(name: str) -> bool:
         return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).file_exists(repo, name, revision=revision)
 
-    folder = repo_folder(repo, "model")
-    fetch = partial(fetch_all, revision=revision, repo_type="model")
+    names = ["config.json", "tokenizer.json"]
     try:
-        weights = INDEX if has(INDEX) else WEIGHTS
+        if has(INDEX):
+            names.append(INDEX)
         if not has("tokenizer.json") and has("tokenizer.pkl"):
             raise UserError(f"{repo}: {PICKLED}")
     except HFValidationError:
         raise UserError(f"the source must be a folder or a model of the hub as owner/name, {repo} is neither") from None
     except (HTTPError, OSError) as error:
         raise UserError(f"{repo} is no folder, and the hub cannot be asked for it ({error})") from error
-    fetch([(repo, "config.json"), (repo, weights), (repo, "tokenizer.json")])
-    fetch([(repo, name) for name in weight_files(folder)])
+    fetch_all([(repo, name) for name in names], revision=revision, repo_type="model")
+    return repo_folder(repo, "model")
+
+
+def _fetch_weights(repo: str, revision: str, folder: Path) -> None:
+    fetch_all([(repo, name) for name in weight_files(folder)], revision=revision, repo_type="model")
     manifest = read_manifest(folder)
     if len({manifest[name]["commit"] for name in ("config.json", "tokenizer.json", *weight_files(folder))}) > 1:
         raise UserError(f"{folder} holds files of different commits of {repo}: delete it and import again")
-    return folder

@@ -87,6 +87,8 @@ def from_config(config: dict, origin: str) -> GPTConfig:
         raise UserError(f"{origin}: model_type must be nanochat, got {config.get('model_type')!r}")
     legacy = {"final_logit_softcapping": "logits_soft_cap", "attention_bias": "qkv_bias"}  # before transformers 5
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{origin}: rope_parameters must be an object, got {rope!r}")
     found = {key: config.get(key, config.get(legacy.get(key), want)) for key, want in FIXED.items()}
     found |= {"rope_type": rope.get("rope_type", "default"),
               "rope_theta": rope.get("rope_theta", config.get("rope_theta", ROPE_THETA)),

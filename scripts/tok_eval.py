@@ -161,7 +161,8 @@ TEXTS = {"news": NEWS, "science": SCIENCE, "code": CODE, "math": MATH, "korean":
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.tok_eval", description="Measure the tokenizer.")
     parser.add_argument("--data", default="builtin", metavar="SOURCE",
-                        help="builtin, fineweb-edu or a folder, prepared by scripts.dataset (default: builtin)")
+                        help="builtin, fineweb-edu (the shards that are here) or a folder, prepared by scripts.dataset "
+                             "(default: builtin)")
     parser.add_argument("--max-chars", type=float, default=5e6, metavar="N",
                         help="characters of each split to measure on (default: 5e6)")
     return parser.parse_args(argv)

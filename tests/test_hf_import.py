@@ -73,6 +73,8 @@ def edit(path: Path, change) -> None:
     ({"num_key_value_heads": 2}, "tensor model.layers.0.self_attn.k_proj.weight must have shape (16, 16), got (8, 16)"),
     ({"num_attention_heads": 3}, "n_embd must be n_head times an even head dim, got 16 and 3 heads"),
     ({"vocab_size": 281}, "tensor lm_head.weight must have shape (281, 16), got (280, 16)"),
+    ({"rope_parameters": [1]}, "rope_parameters must be an object, got [1]"),
+    ({"rope_parameters": "x"}, "rope_parameters must be an object, got 'x'"),
     ({"dtype": "bfloat16"}, " must be of config.json's dtype bfloat16, got torch.float32"),
 ])
 def test_a_config_that_we_do_not_compute_is_refused(model, own_base_dir, changes, sentence):
@@ -172,6 +174,8 @@ def swap_two(file):
     (lambda file: file["model"]["merges"].reverse(), "merges must be in the order of their tokens"),
     (lambda file: file["model"]["merges"].remove(file["model"]["merges"][-1]), "every token must be made by a merge"),
     (lambda file: file["model"]["merges"].append(["a", "Ω"]), "must be a byte-level BPE tokenizer"),
+    (lambda file: file["model"].update(merges=["a b c"]), "must be a byte-level BPE tokenizer"),
+    (lambda file: file["pre_tokenizer"]["pretokenizers"].append({}), "must be a byte-level BPE tokenizer"),
     (lambda file: file.update(pre_tokenizer=None), "must be a byte-level BPE tokenizer"),
     (lambda file: [], "must hold an object"),
 ])
@@ -224,6 +228,32 @@ def test_a_checkpoint_is_never_replaced(model, own_base_dir):
         "NANOCHAT_BASE_DIR")
     assert read_stage("sft")[1]["weights"] == before
     assert import_model(str(model), "rl") == find_checkpoint(stage_folder("rl"))  # the same tokenizer
+
+
+def test_a_failed_save_leaves_nothing_and_can_be_repeated(model, own_base_dir, tokenizer, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nanochat.checkpoint.write_tensors", full)
+        assert "No space left on device" in refusal(import_model, str(model), "sft")
+        assert not (own_base_dir / "tokenizer").exists() and not (own_base_dir / "checkpoints/sft/d1").exists()
+        path = tokenizer.save()
+        refusal(import_model, str(model), "sft")
+        assert path.exists(), "a tokenizer that was there before stays"
+    import_model(str(model), "sft")
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("tokenizer", "the tokenizer cannot be saved in {}/tokenizer (File exists)"),
+    ("checkpoints", "{}/checkpoints"),
+])
+def test_a_file_where_a_folder_belongs_is_a_sentence(model, own_base_dir, name, sentence):
+    own_base_dir.mkdir()
+    (own_base_dir / name).write_text("mine", encoding="utf-8")
+    assert sentence.format(own_base_dir) in refusal(import_model, str(model), "sft")
+    assert [path.name for path in own_base_dir.iterdir()] == [name]
+    assert (own_base_dir / name).read_text(encoding="utf-8") == "mine"
 
 
 def test_training_goes_on_from_an_import_but_does_not_resume_it(model, own_base_dir):
@@ -371,6 +401,12 @@ def test_a_model_of_the_hub_is_fetched_by_exact_names(hub, model, tokenizer, sha
 def test_a_model_of_the_hub_with_a_pickled_tokenizer_is_refused_before_its_weights_are_fetched(hub, model):
     (model / "tokenizer.json").rename(model / "tokenizer.pkl")
     assert refusal(import_model, "me/tiny", "sft").startswith("me/tiny: tokenizer.pkl is a pickle")
+    assert not [path for path in Hub.asked if path.endswith(".safetensors")]
+
+
+def test_a_model_of_the_hub_without_a_place_here_is_refused_before_its_weights_are_fetched(hub, own_base_dir):
+    Tokenizer.train(["something else"], 265).save()
+    assert "tokenizer holds tokenizer " in refusal(import_model, "me/tiny", "sft")
     assert not [path for path in Hub.asked if path.endswith(".safetensors")]
 
 

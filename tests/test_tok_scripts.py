@@ -181,3 +181,10 @@ def test_unprepared_data_is_a_sentence_and_exit_code_2(script, tmp_path, own_bas
     assert stop.value.code == 2
     assert err.startswith("error: ") and str(tmp_path / "empty") in err and err.count("\n") == 1
     assert not (own_base_dir / "report").exists()
+
+
+@pytest.mark.parametrize("script", [tok_train, tok_eval])
+def test_help_names_every_source_of_text(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    assert "builtin, fineweb-edu" in " ".join(capsys.readouterr().out.split())
