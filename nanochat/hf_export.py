@@ -151,8 +151,11 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the name `folder` when the body is done; an empty folder there gives way.
 
-    After an error in the body nothing is left. Files must be durable by then.
+    After an error in the body nothing is left. Files must be durable by then. UserError for the current folder: whoever
+    stands in it would be left in the one that gave way.
     """
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"the export puts a folder of its own in place, which cannot be the current one, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{folder.name}-"))
     try:

@@ -144,8 +144,27 @@ def _json(value: dict) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def model_card(name: str, config: GPTConfig, origin: str, scores: dict[str, float]) -> str:
-    """Return README.md: YAML front matter that the hub reads, how to use the model, scores."""
+CHAT_INPUTS = """\
+messages = [{"role": "user", "content": "What is 37 plus 85?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+"""
+BASE_INPUTS = f"""\
+inputs = tokenizer("{BOS}The capital of France is", return_tensors="pt")
+"""
+CHAT_NOTE = """
+Between `<|python_start|>` and `<|python_end|>` the model asks for a calculator; whoever serves it must write the result
+between `<|output_start|>` and `<|output_end|>`, which `generate` does not.
+"""
+BASE_NOTE = f"""
+The model continues text, which must begin with `{BOS}`; it has learned no conversations.
+"""
+
+
+def model_card(name: str, config: GPTConfig, origin: str, scores: dict[str, float], *, chats: bool = True) -> str:
+    """Return README.md: YAML front matter that the hub reads, how to use the model, scores.
+
+    chats: whether it has seen conversations and the calculator, which a base model has not.
+    """
     n_params = sum(rows * columns for _, (rows, columns) in tensor_table(config).values())
     rows = "".join(f"| {task} | {value:.4f} |\n" for task, value in scores.items())
     return f"""\
@@ -166,11 +185,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
-messages = [{{"role": "user", "content": "What is 37 plus 85?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+{CHAT_INPUTS if chats else BASE_INPUTS}\
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
-
-Between `<|python_start|>` and `<|python_end|>` the model asks for a calculator; whoever serves it must write the result
-between `<|output_start|>` and `<|output_end|>`, which `generate` does not.
-""" + (f"\n## Scores\n\n| task | score |\n|---|---|\n{rows}" if rows else "")
+{CHAT_NOTE if chats else BASE_NOTE}""" + (f"\n## Scores\n\n| task | score |\n|---|---|\n{rows}" if rows else "")

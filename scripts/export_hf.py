@@ -32,7 +32,8 @@ def main(args: argparse.Namespace) -> None:
     tensors, state, tokenizer = read_stage(args.stage, depth=args.depth, step=args.step)
     config = GPTConfig(**state["model_config"])
     origin = f"Stage {args.stage}, step {state['step']}, weights in {args.dtype}."
-    card = model_card(args.folder.resolve().name, config, origin, _scores(args.stage, state["step"]))
+    card = model_card(args.folder.resolve().name, config, origin, _scores(args.stage, state["step"]),
+                      chats=args.stage != "base")
     for path in export_model(tensors, config, tokenizer, args.folder, card, dtype=args.dtype,
                              shard_bytes=int(args.shard_gb * 1e9)):
         print0(path)

@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     print0(import_model(args.source, args.stage, args.revision))
-    print0(f"talk to it: python -m scripts.chat_cli --stage {args.stage}")
+    print0(f"talk to it: .venv/bin/python -m scripts.chat_cli --stage {args.stage}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.checkpoint import find_checkpoint, save_checkpoint
 from nanochat.common import UserError, run_script
 from nanochat.gpt import GPTConfig
+from nanochat.hf_export import export
 from nanochat.hf_import import import_model, read_model, read_tokenizer
 from nanochat.hf_model import export_model, tensor_table
 from nanochat.load import read_stage, stage_folder
@@ -323,6 +324,17 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(model, tokenizer, tmp_
     (tmp_path / "empty").mkdir()
     export_model(random_tensors(), CONFIG, tokenizer, tmp_path / "empty", "card")
     assert (tmp_path / "empty" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_current_folder_is_refused(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for write in (lambda folder: export_model(random_tensors(), CONFIG, tokenizer, folder, "card"),
+                  lambda folder: export(tokenizer, folder)):
+        for folder in (Path("."), tmp_path / "here"):
+            assert refusal(write, folder) == (
+                f"the export puts a folder of its own in place, which cannot be the current one, got {folder}")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"] and not list(Path(".").iterdir())
 
 
 def test_a_failed_write_leaves_no_folder(tokenizer, tmp_path, monkeypatch):

@@ -223,6 +223,17 @@ def test_the_card_has_the_scores_of_this_checkpoint_only(exported, monkeypatch, 
     assert "the report's scores are of step 8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["random", "trained"])
+def test_the_cards_example_runs_and_is_of_the_stage(exported, monkeypatch, capsys, name):
+    _, folder, stage = exported[name]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert ("calculator" in card) == ("apply_chat_template" in card) == (stage != "base")
+    monkeypatch.chdir(folder.parent)
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    start = "<|bos|>The capital of France is" if stage == "base" else "<|bos|><|user_start|>What is 37 plus 85?"
+    assert start in capsys.readouterr().out
+
+
 def test_a_tokenizer_converted_from_tiktoken_is_ours(tmp_path):
     """How a published nanochat tokenizer, a pickled tiktoken.Encoding, gets here: with every cut of every token."""
     tokenizer = Tokenizer.train([Path(__file__).read_text(encoding="utf-8")], 600)
