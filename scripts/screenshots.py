@@ -51,11 +51,10 @@ def main(args: argparse.Namespace) -> None:
 def take(page, url: str, questions: list[str], path: Path) -> None:
     """Ask the questions, one after the other in one conversation, and photograph the page."""
     page.goto(url)
-    for question in questions:
+    for i, question in enumerate(questions):
         page.get_by_role("textbox", name="Message", exact=True).fill(question)
         page.get_by_role("button", name="Send").click()
-        page.get_by_role("button", name="Stop").wait_for(timeout=ANSWER_MS)
-        page.get_by_role("button", name="Send").wait_for(timeout=ANSWER_MS)
+        page.locator(".facts").nth(i).wait_for(state="attached", timeout=ANSWER_MS)  # they come with an answer's end
     page.screenshot(path=path)
 
 

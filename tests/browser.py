@@ -92,7 +92,10 @@ class Page:
     def send(self, text):
         """Send a message; returns its answer's element."""
         self.prompt.fill(text)
-        self.tab.keyboard.press("Enter")
+        if self.tab.evaluate("matchMedia('(pointer: coarse)').matches"):
+            self.tab.locator("#send").tap()
+        else:
+            self.tab.keyboard.press("Enter")
         return self.answers.last
 
     def ask(self, text):
@@ -142,6 +145,17 @@ def paused(before, event, after=()):
     while not event.is_set():
         yield None
     yield from after or [("finish", "stop")]
+
+
+def counting():
+    """A reply that says which answer it is."""
+    number = iter(range(1, 100))
+    return lambda prompt, sample: saying(f"answer {next(number)}")
+
+
+def prompt_of(engine, i=-1):
+    """What the engine was asked, the last time by default."""
+    return engine.tokenizer.decode(engine.submitted[i].prompt)
 
 
 def fake(reply, **options):

@@ -128,7 +128,8 @@ function build({ kind, lines }, chips, depth) {
 function codeBlock(lines, chips) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && closes(lines.at(-1), fence);
-  const code = addText(element("code"), lines.slice(1, closed ? -1 : undefined).join("\n"), chips);
+  const inside = lines.slice(1, closed ? -1 : undefined).map((line) => outdent(line, lines[0].search(/\S/)));
+  const code = addText(element("code"), inside.join("\n"), chips);
   const bar = element("div", { className: "bar" }, element("span", {}, language || "code"),
     copyButton("Copy code", () => code.textContent));
   return element("div", { className: "code" }, bar,

@@ -5,6 +5,7 @@ import { render } from "./markdown.js";
 import { path, siblings } from "./store.js";
 
 const log = $("log"), messages = $("messages");
+const touch = matchMedia("(pointer: coarse)");
 const built = new Map();  // node's id -> its element
 export let editing = null;  // id of the message that is being edited; it stays, whatever another tab picks
 
@@ -17,12 +18,12 @@ export function show(conversation, live, actions, limit) {
   const wanted = nodes.map((node) => node.id === live?.id ? messageOf(live, [live], true, actions, limit)
     : messageOf(node, siblings(conversation, node), false, actions, limit));
   for (const [id, made] of built) if (!wanted.includes(made)) built.delete(id);
+  for (const old of [...messages.children]) if (!wanted.includes(old)) old.remove();
   let at = messages.firstChild;
   for (const made of wanted) {  // moving an element would take its focus away
     if (made === at) at = at.nextSibling;
     else messages.insertBefore(made, at);
   }
-  while (at) [at] = [at.nextSibling, at.remove()];
   for (const button of messages.querySelectorAll("[data-change]")) button.disabled = Boolean(live);
   $("welcome").hidden = nodes.length > 0;
   log.setAttribute("aria-busy", String(Boolean(live)));
@@ -158,9 +159,10 @@ function editor(node, actions) {
   return form;
 }
 
-/** Send on Enter, but not on the one that ends the composition of a character, nor with Shift. */
+/** Send on Enter, but not on the one that ends the composition of a character, nor with Shift, nor on a touch device,
+ *  whose keyboard has no Shift+Enter: there Enter breaks the line, and the button sends. */
 export function submitOnEnter(event, form) {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || touch.matches) return;
   event.preventDefault();
   form.requestSubmit();
 }
