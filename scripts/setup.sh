@@ -61,6 +61,15 @@ find_compiler() {
         die "a C linker (cc) was not found and Rust needs one; install gcc (Debian and Ubuntu: apt install gcc)"
 }
 
+# Triton compiles a C file against Python's headers before its first kernel on a GPU.
+find_headers() {
+    nvidia-smi --list-gpus >/dev/null 2>&1 || return 0
+    local include
+    include=$("$base" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+    [ -f "$include/Python.h" ] || die "triton needs Python's headers to run on the GPU and $include/Python.h was not" \
+        "found; install python3-dev (Debian and Ubuntu) or python3-devel (Fedora) of the version of $base"
+}
+
 # Version of torch as a python sees it, without the seconds of importing it; nothing when absent or older than 2.9.
 torch_of() {
     "$1" - <<'PY'
@@ -137,7 +146,8 @@ build_rustbpe() {
         >.venv/rustbpe-build.log 2>&1 9>&- || {
         cat .venv/rustbpe-build.log >&2
         die "rustbpe did not build with $(cargo --version) (the compiler's words are above);" \
-            "the first build needs a network, and an old cargo is renewed by: rustup update"
+            "the first build needs a network, and Rust must be 1.83 or newer: run rustup update or, where cargo is" \
+            "the system's, install one as https://rustup.rs tells and run this again in a new shell"
     }
 }
 
@@ -189,7 +199,7 @@ esac
 
 is_ready && exit
 [ "$(uname -s)" = Linux ] || die "Linux is needed (this is $(uname -s)): triton has no build for anything else"
-is_current || { find_compiler; base=$(find_python); }
+is_current || { find_compiler; base=$(find_python); find_headers; }
 mkdir -p .venv
 exec 9>.venv/.setup-lock
 if ! flock --nonblock 9; then

@@ -19,6 +19,7 @@ case "$1 ${2:-}" in
     "- ") cat >/dev/null
           if [[ "$0" != *.venv* ]] || [ -f .venv/lib/base-python.pth ]; then echo "${TORCH:-}"; fi ;;
     *purelib*) echo "$PWD/.venv/lib" ;;
+    *include*) echo "$INCLUDE" ;;
     *addsitedir*) echo "packages of the outer python" ;;
 esac
 """
@@ -208,6 +209,30 @@ def test_missing_linker_says_how_to_get_it(checkout):
     code, out, err = checkout.run()
     assert (code, out) == (2, "")
     assert err.startswith("error: a C linker (cc) was not found") and "apt install gcc" in err
+
+
+def test_missing_headers_are_named_where_there_is_a_gpu(checkout):
+    """Triton's first launch would end in a compiler's error, minutes or hours later."""
+    include = checkout.bin / "include"
+    include.mkdir()
+    checkout.fake("nvidia-smi", "#!/bin/bash\necho 'GPU 0: H200'")
+    code, out, err = checkout.run(INCLUDE=str(include))
+    assert (code, out) == (2, "") and not (checkout.folder / ".venv").exists()
+    assert err == (f"error: triton needs Python's headers to run on the GPU and {include}/Python.h was not found; "
+                   "install python3-dev (Debian and Ubuntu) or python3-devel (Fedora) of the version of python3\n")
+    (include / "Python.h").touch()
+    assert checkout.run(INCLUDE=str(include))[0] == 0
+
+
+def test_without_a_gpu_no_headers_are_needed(checkout):
+    checkout.fake("nvidia-smi", "#!/bin/bash\nexit 9")  # a driver that is not loaded
+    assert checkout.run(INCLUDE="/nowhere")[0] == 0
+
+
+def test_a_build_that_fails_says_how_to_get_a_newer_rust(checkout):
+    checkout.fake("python3", FAKE_PYTHON.replace('case "$1', '[[ "$*" != *maturin* ]] || exit 1\ncase "$1', 1))
+    code, _, err = checkout.run()
+    assert code == 2 and "Rust must be 1.83 or newer: run rustup update or, where cargo is the system's, install" in err
 
 
 @pytest.mark.parametrize("variables, start", [
