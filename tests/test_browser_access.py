@@ -67,6 +67,53 @@ def test_markdown_becomes_elements_whole_and_in_pieces(visit):
     assert found == [HTML, HTML, True, "right"]
 
 
+PIECES = {
+    "## Why C#": "<h3>Why C#</h3>",
+    "## Closed ##": "<h3>Closed</h3>",
+    "| op | is |\n|---|---|\n| `a \\| b` | or |":
+        "<table><thead><tr><th>op</th><th>is</th></tr></thead>"
+        "<tbody><tr><td><code>a | b</code></td><td>or</td></tr></tbody></table>",
+    "```\na\n```js": "<pre><code>a\n```js</code></pre>",
+    "(https://a.b/Bank_(c)), _https://a.b/c_": '<p>(<a href="https://a.b/Bank_(c)">https://a.b/Bank_(c)</a>), '
+                                               '<em><a href="https://a.b/c">https://a.b/c</a></em></p>',
+    "**un**do, 2**3**4": "<p><strong>un</strong>do, 2**3**4</p>",
+    "- a\n\t- b\n\t\t- c\n- d": "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li><li>d</li></ul>",
+    "- a\n\n\t```\n\tall:\n\t\tcc\n\t```": "<ul><li>a<pre><code>all:\n\tcc</code></pre></li></ul>",
+    "Born in\n1986. A year.": "<p>Born in<br>1986. A year.</p>",
+    "- born in\n1986. A year.": "<ul><li>born in<br>1986. A year.</li></ul>",
+    "Do\n1. a\n2. b": "<p>Do</p><ol><li>a</li><li>b</li></ol>",
+}
+
+
+def test_pieces_of_markdown_lose_nothing(visit):
+    found = visit(fake(saying("x"))).evaluate("""async (texts) => {
+        const { render } = await import("/static/markdown.js");
+        return texts.map((text) => {
+            const made = document.createElement("div");
+            render(made, text);
+            for (const bar of made.querySelectorAll(".bar")) bar.remove();
+            for (const box of made.querySelectorAll(".code, .table")) box.replaceWith(...box.childNodes);
+            return made.innerHTML.replace(/ (class|style|tabindex|role|aria-label|rel|target|start)="[^"]*"/g, "");
+        });
+    }""", list(PIECES))
+    assert dict(zip(PIECES, found)) == PIECES
+
+
+def test_a_tool_call_in_an_address_hides_none_that_follow(visit):
+    text = [("text", "[a](https://b/"), ("tool", "1+1", "2"), ("text", ") and https://c/"), ("tool", "2+2", "4"),
+            ("text", " "), ("tool", "3+3", "6"), ("finish", "stop")]
+    answer = visit(fake(text)).ask("hi").locator(".text")
+    assert answer.inner_text() == ("[a](https://b/python: 1+1 → 2) and https://c/python: 2+2 → 4 python: 3+3 → 6")
+
+
+def test_code_is_copied_with_the_tool_call_that_stands_in_it(visit):
+    page = visit(fake([("text", "```\nx = "), ("tool", "1+1", "2"), ("text", "\n```"), ("finish", "stop")]))
+    page.evaluate("() => {navigator.clipboard.writeText = async (text) => {window.copied = text}}")
+    page.ask("hi")
+    page.button("Copy code").click()
+    assert page.evaluate("copied") == page.locator("pre").inner_text() == "x = python: 1+1 → 2"
+
+
 def axe(page):
     """Violations of axe-core's rules, as rule: elements."""
     from axe_playwright_python.sync_playwright import Axe
@@ -163,6 +210,16 @@ def test_everything_can_be_done_by_keyboard(visit):
     page.get_by_role("dialog", name="Settings").wait_for()
     page.keyboard.press("Escape")
     assert focused() == "Settings"
+
+
+def test_the_send_button_pressed_by_keyboard_leaves_the_focus_in_the_message_box(visit):
+    page = visit(fake(saying("x")))
+    page.prompt.fill("hi")
+    page.keyboard.press("Tab")
+    assert page.button("Send").evaluate("it => it === document.activeElement")
+    page.keyboard.press("Enter")
+    page.answers.last.locator(".facts").wait_for()
+    assert page.prompt.evaluate("it => it === document.activeElement")
 
 
 def test_the_enter_that_ends_a_composition_does_not_send(visit):

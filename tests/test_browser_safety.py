@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 from browser import browser as browser
@@ -195,8 +196,13 @@ def test_markdown_of_any_shape_is_shown_without_stalling(visit):
     texts = ["*a " * 10_000, "**a*b_c" * 5_000, "[" * 20_000, "`" * 20_000, "` `` ``` " * 4_000, ">" * 20_000,
              "- " * 10_000, "\n".join(" " * i + "- x" for i in range(300)), "|a" * 10_000 + "\n" + "|-" * 10_000,
              "https://a" * 4_000, "[a](https://" * 3_000, "- - " * 8_000 + "x", "1. x\n\n" * 4_000]
-    page = visit(fake(saying("x")))
-    seconds = page.evaluate("""async (texts) => {
+    seconds = seconds_of(visit(fake(saying("x"))), texts)
+    assert max(seconds) < 5, "30 kB take about 0.05 s; work that grows faster than the text would take minutes"
+
+
+def seconds_of(page, texts):
+    """Seconds to render each of the texts."""
+    return page.evaluate("""async (texts) => {
         const { render } = await import("/static/markdown.js");
         return texts.map((text) => {
             const start = performance.now();
@@ -204,7 +210,29 @@ def test_markdown_of_any_shape_is_shown_without_stalling(visit):
             return (performance.now() - start) / 1000;
         });
     }""", texts)
-    assert max(seconds) < 5, "30 kB take about 0.05 s; work that grows faster than the text would take minutes"
+
+
+LINES = {
+    "hashes": lambda n: "# " + "#" * n + "x",
+    "blanks": lambda n: "| a |\n" + " " * n + "x|",
+    "a fence": lambda n: "```" + "a" * n + "`",
+    "blanks of a fence": lambda n: "```" + " " * n + "`",
+    "dots of an address": lambda n: "https://" + "." * n + "a",
+    "parentheses of an address": lambda n: "https://a" + ")" * n,
+    "tabs": lambda n: "- a\n" + "\t" * n + "x",
+    "dashes": lambda n: "| a |\n|" + "-" * n + "x|",
+    "escaped pipes": lambda n: "|a|\n|-|\n" + "\\|" * n,
+    "emphasis": lambda n: "**a*b_c" * (n // 10),
+    "backticks": lambda n: "`` ` ``` " * (n // 10),
+}
+
+
+def test_twice_the_line_takes_twice_the_time(visit):
+    """Four times would be quadratic work. Times below 20 ms tell nothing: quadratic work takes seconds here."""
+    page, n = visit(fake(saying("x"))), 60_000
+    for name, line in LINES.items():
+        once, twice = (median(seconds_of(page, [line(size)] * 5)) for size in (n, 2 * n))
+        assert twice < max(3.2 * once, 0.02), f"{name}: {once:.3f} s for {n}, {twice:.3f} s for twice that"
 
 
 def test_the_page_is_plain_files_of_less_than_80_kb_without_inline_code_or_other_hosts():
