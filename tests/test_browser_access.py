@@ -100,10 +100,12 @@ def test_pieces_of_markdown_lose_nothing(visit):
 
 
 def test_a_tool_call_in_an_address_hides_none_that_follow(visit):
-    text = [("text", "[a](https://b/"), ("tool", "1+1", "2"), ("text", ") and https://c/"), ("tool", "2+2", "4"),
-            ("text", " "), ("tool", "3+3", "6"), ("finish", "stop")]
-    answer = visit(fake(text)).ask("hi").locator(".text")
-    assert answer.inner_text() == ("[a](https://b/python: 1+1 → 2) and https://c/python: 2+2 → 4 python: 3+3 → 6")
+    reply = [("text", "[a](https://b/"), ("tool", "1+1", "2"), ("text", ")\n\n"), ("tool", "2+2", "4"),
+             ("text", " https://c/"), ("tool", "3+3", "6"), ("finish", "stop")]
+    text = visit(fake(reply)).ask("hi").locator(".text")
+    said = "[a](https://b/python: 1+1 → 2) python: 2+2 → 4 https://c/python: 3+3 → 6"
+    assert text.inner_text().split() == said.split()
+    assert text.locator("a").all_inner_texts() == ["https://b/", "https://c/"]
 
 
 def test_code_is_copied_with_the_tool_call_that_stands_in_it(visit):
