@@ -4,19 +4,28 @@ Starting an interpreter takes 12 ms, a fork of one that waits takes 2. One launc
 first program and ends when its socket closes, which the kernel does whichever way we end.
 """
 
-import atexit
+import errno
 import json
 import os
 import select
+import signal
 import socket
 import sys
 import threading
-from pathlib import Path
+from contextlib import suppress
 
 from nanochat import lockdown
 from nanochat.common import UserError
 
-_BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import lockdown; sys.path.pop(); lockdown.main()"
+# not imported: a program would see the path
+_BOOT = """
+import sys
+space = {"__name__": "lockdown"}
+exec(compile(open(sys.argv.pop(1), encoding="utf-8").read(), "<sandbox>", "exec"), space)
+space["main"]()
+"""
+_ANSWER_SECONDS = 30.0  # the first time Python has to start
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 _launcher: "Launcher | None" = None
 _launching = threading.Lock()
 
@@ -26,7 +35,7 @@ class Launcher:
 
     def __init__(self):
         # `ps` shows the last argument, to tell whose it is
-        command = [interpreter(), "-I", "-S", "-X", "utf8", "-c", _BOOT, str(Path(lockdown.__file__).parent),
+        command = [interpreter(), "-I", "-S", "-X", "utf8", "-c", _BOOT, lockdown.__file__,
                    f"owner={os.getpid()}"]
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         silent = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
@@ -39,40 +48,63 @@ class Launcher:
                             f"({error.strerror})") from error
         finally:
             theirs.close()
-        atexit.register(self.requests.close)
 
-    def answer(self, status: socket.socket) -> tuple[bytes, list[int]]:
-        """Wait for what a new supervisor says first; return it and its descriptors. Empty if the launcher has died."""
+    def __del__(self):
+        self.requests.close()  # by its last user: another thread may be polling its number
+
+    def start(self, message: bytes, descriptors: list[int]) -> tuple[socket.socket, int] | None:
+        """Return the status socket and a pidfd of a new supervisor; None when the launcher has died or hangs.
+
+        `descriptors` are those of lockdown.DESCRIPTORS without the status. Closing the socket ends the program.
+        """
+        status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pidfd, answer = None, ""
+        try:
+            with theirs:
+                socket.send_fds(self.requests, [message], [*descriptors[:4], theirs.fileno(), *descriptors[4:]])
+            answer, pidfd = self._answer(status)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        finally:
+            if pidfd is None:
+                status.close()
+        if answer and pidfd is None:
+            raise UserError(f"the sandbox's launcher could not start a child: {answer}")
+        return pidfd and (status, pidfd)
+
+    def _answer(self, status: socket.socket) -> tuple[str, int | None]:
+        """Return what a new supervisor says first, and its pidfd; "" and None when nothing comes."""
         poll = select.poll()
         for source in (self.requests, status):
             poll.register(source, select.POLLIN)
-        if status.fileno() not in dict(poll.poll()):  # nothing is ever said on `requests`: it has closed
-            return b"", []
-        answer, descriptors, _, _ = socket.recv_fds(status, 4096, 1)
-        return answer, descriptors
+        if status.fileno() not in dict(poll.poll(1e3 * _ANSWER_SECONDS)):  # on `requests` nothing is said, only its end
+            return "", None
+        answer, ancillary, _, _ = status.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        if answer == b"descriptor" and not ancillary:
+            return "too many open files here", None
+        return answer.decode(), int.from_bytes(ancillary[0][2], sys.byteorder) if ancillary else None
 
-    def close(self) -> None:
-        self.requests.close()
-        os.waitpid(self.pid, 0)
+    def end(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            self.requests.shutdown(socket.SHUT_RDWR)
+        with suppress(ChildProcessError):  # where somebody reaps every child
+            if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
 
 
-def launch(options: dict, descriptors: list[int], status: socket.socket) -> int:
-    """Start a supervisor and its child; return a pidfd of the supervisor, which reports on the other end of `status`.
-    A launcher that was killed is replaced once."""
+def launch(options: dict, descriptors: list[int]) -> tuple[socket.socket, int]:
+    """Start a supervisor and its child; return the status socket and a pidfd of the supervisor. A launcher that was
+    killed is replaced once. Closing the socket ends the program."""
     message = json.dumps(options).encode()
     for _ in range(2):
         launcher = _current()
-        try:
-            socket.send_fds(launcher.requests, [message], descriptors)
-            answer, pidfds = launcher.answer(status)
-        except (OSError, ValueError):  # gone, or closed by another thread that found it gone
-            answer, pidfds = b"", []
-        if answer:
-            break
+        if started := launcher.start(message, descriptors):
+            return started
         _forget(launcher)
-    if not answer or not pidfds:
-        raise UserError(f"the sandbox's launcher could not start a child: {answer.decode() or 'it ended'}")
-    return pidfds[0]
+    raise UserError("the sandbox's launcher must stay alive, it died twice")
 
 
 def _current() -> Launcher:
@@ -88,19 +120,19 @@ def _forget(launcher: Launcher) -> None:
     with _launching:
         if _launcher is launcher:
             _launcher = None
-            launcher.close()
+            launcher.end()
 
 
 def _after_fork() -> None:
     """A forked process starts a launcher of its own: this one's children would outlive it."""
-    global _launcher, _launching
-    _launching = threading.Lock()
+    global _launcher
+    _launching.release()
     if _launcher is not None:
         _launcher.requests.close()
         _launcher = None
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_launching.acquire, after_in_parent=_launching.release, after_in_child=_after_fork)
 
 
 def interpreter() -> str:

@@ -2,7 +2,8 @@
 
 Runs as a program of a fresh interpreter (`python -I -S`), never inside ours. Three kinds of process: a launcher, which
 forks a supervisor for every program that it is sent; the supervisor, which waits, kills what is left and reports how it
-ended; and the supervisor's child, which gives up everything it can and executes the text:
+ended; and the supervisor's child, which gives up everything it can and executes the text. The status socket is a lease:
+when our side lets go of it, whichever way, the supervisor ends its child. What the child gives up:
 
     namespaces    own root of read-only library folders and a tmpfs with bounded bytes and inodes; no /proc, no network
     rlimits       memory, CPU, file size, descriptors, no core, no further process
@@ -16,13 +17,16 @@ its memory layout and its seed of string hashes.
 """
 
 import _signal
+import _sitebuiltins
 import _socket
+import builtins
 import ctypes
 import fcntl
 import gc
 import json
 import os
 import resource
+import select
 import sys
 import typing  # noqa: F401 - like json it costs 5 to 9 ms, and most programs want it
 
@@ -70,7 +74,8 @@ def main() -> None:
     """
     os.setsid()  # away from the terminal's Ctrl-C
     os.chdir("/")
-    os.closerange(3, 1 << 16)
+    os.closerange(3, min(resource.getrlimit(resource.RLIMIT_NOFILE)[1] % (1 << 64), 1 << 20))
+    builtins.exit, builtins.quit = (_sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit"))  # -S has none
     requests, launcher = _socket.socket(fileno=0), os.getpid()
     gc.freeze()  # a collection writes to every object: 2 ms of copied pages when a child ends
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # the kernel reaps supervisors
@@ -97,22 +102,15 @@ def main() -> None:
 def _supervisor(options: dict, descriptors: dict[str, int], launcher: int) -> None:
     """Lock a child down as `options` say and run the program in it. The first message on the status socket is a
     descriptor of this process."""
-    status, child = descriptors["status"], 0
+    status = descriptors["status"]
     _call("prctl", _PR_SET_PDEATHSIG, _signal.SIGKILL)
     if os.getppid() != launcher:  # it died before the line above
         os._exit(1)
     os.setsid()
-
-    def stop(*_) -> None:
-        if child:
-            os.kill(child, _signal.SIGKILL)
-        else:
-            os._exit(1)
-
-    _signal.signal(_signal.SIGTERM, stop)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # or it could not wait for the child
     try:
-        _hand_over(_call("syscall", _PIDFD_OPEN, os.getpid(), 0), status)
+        supervisor = _call("syscall", _PIDFD_OPEN, os.getpid(), 0)
+        _send(supervisor, status)
         if options["namespaces"]:
             _leave_namespaces(own_user=options["namespaces"] == "user")
         else:
@@ -123,27 +121,36 @@ def _supervisor(options: dict, descriptors: dict[str, int], launcher: int) -> No
         os._exit(1)
     if child:
         _supervise(child, status, options["namespaces"])
-    _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
-    _child(options, descriptors)
+    _child(options, descriptors, supervisor)
 
 
-def _hand_over(fd: int, socket: int) -> None:
-    """Send a descriptor and close it."""
+def _send(fd: int, socket: int) -> None:
     sender = _socket.socket(fileno=socket)
     sender.sendmsg([b"descriptor"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))])
     sender.detach()
-    os.close(fd)
 
 
 def _supervise(child: int, status: int, namespaces: str) -> None:
     os.closerange(0, status)  # the pipes must end with the child
     os.closerange(status + 1, 256)
+    ended = _call("syscall", _PIDFD_OPEN, child, 0)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(status, 0)  # that is, until nobody holds its other end
+    if ended not in dict(poll.poll()):
+        os.kill(child, _signal.SIGKILL)
     _, how, usage = os.wait4(child, 0)
-    _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)  # `child` may soon be another process's number
     if not namespaces:
         _kill_descendants()
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)  # where nobody listens any more
     os.write(status, f"ended {how} {usage.ru_utime + usage.ru_stime}".encode())
     os._exit(0)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _kill_descendants() -> None:
@@ -172,13 +179,14 @@ def _leave_namespaces(own_user: bool) -> None:
 # --- the child --------------------------------------------------------------------------------------
 
 
-def _child(options: dict, descriptors: dict[str, int]) -> None:
-    status = fcntl.fcntl(descriptors["status"], fcntl.F_DUPFD_CLOEXEC, 32)  # out of the channel's way
+def _child(options: dict, descriptors: dict[str, int], supervisor: int) -> None:
+    # out of the channel's way
+    status, supervisor = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 32) for fd in (descriptors["status"], supervisor))
     try:
         with open(descriptors["program"], "rb") as file:
             source = file.read().decode("utf-8", "surrogatepass")
         _open_streams(descriptors)
-        _lock(options, descriptors.get("channel"), status)
+        _lock(options, descriptors.get("channel"), status, supervisor)
     except BaseException as error:
         os.write(status, f"error {error!r}".encode())
         os._exit(1)
@@ -191,12 +199,12 @@ def _open_streams(descriptors: dict[str, int]) -> None:
     """Make new standard streams as an interpreter in UTF-8 mode does; the launcher's are of its own descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.dup2(descriptors[name], number)
-    sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", errors="surrogateescape", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", newline="\n", closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", errors="surrogateescape", newline="\n", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", newline="\n", closefd=False)
 
 
-def _lock(options: dict, channel: int | None, status: int) -> None:
+def _lock(options: dict, channel: int | None, status: int, supervisor: int) -> None:
     """Give up everything that `options` names, in the one order in which each step is still allowed. What stays open
     is standard input and output, `channel` as 3, and `status`, which the caller closes."""
     view, scratch, limits = options["view"], options["scratch"], options["limits"]
@@ -213,6 +221,8 @@ def _lock(options: dict, channel: int | None, status: int) -> None:
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", _PR_SET_DUMPABLE, 0)
     _call("prctl", _PR_SET_PDEATHSIG, _signal.SIGKILL)  # setresuid cleared it
+    if _has_ended(supervisor):  # before the line above
+        os._exit(1)
     if options["landlock"]:
         _restrict_files(options["landlock"], view, scratch)
     if channel is not None:
@@ -299,10 +309,10 @@ def _filter_syscalls(bpf: bytes) -> None:
     _call("prctl", _PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
 
 
-def signal_process(pidfd: int, number: int) -> None:
-    """Send a signal to the process of a pidfd, unless it has ended."""
+def kill(pidfd: int) -> None:
+    """Kill the process of a pidfd, unless it has ended."""
     try:
-        _call("syscall", _PIDFD_SEND_SIGNAL, pidfd, number, None, 0)
+        _call("syscall", _PIDFD_SEND_SIGNAL, pidfd, _signal.SIGKILL, None, 0)
     except ProcessLookupError:
         pass
 
@@ -310,7 +320,7 @@ def signal_process(pidfd: int, number: int) -> None:
 def _execute(source: str) -> None:
     """Run `source` as __main__ and leave as an interpreter would: traceback and code 1, or the program's own code."""
     module = type(sys)("__main__")
-    sys.modules["__main__"], sys.argv = module, ["program"]
+    sys.modules["__main__"], sys.argv, sys.orig_argv = module, ["program"], ["program"]
     try:
         exec(compile(source, "<program>", "exec"), module.__dict__)
     except SystemExit:

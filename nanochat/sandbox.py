@@ -1,9 +1,9 @@
 """Runs untrusted Python in a child process that can reach nothing: `run(code)`, for HumanEval and the python tool.
 
-Every program gets a fresh interpreter with the standard library only, an empty environment, a scratch folder that
-goes when it ends, and no network, no second process or thread, and no file outside. nanochat/lockdown.py is what the
-child does to itself; this file starts it, reads its output with a cap, and ends it. What this machine lets us have
-decides the level, which `python -m nanochat.sandbox --probe` prints:
+Every program gets an interpreter of its own with the standard library only, an environment of HOME, TMPDIR and LANG, a
+scratch folder that goes when it ends, and no network, no second process or thread, and no file outside. What the child
+does to itself is in nanochat/lockdown.py; this file starts it, reads its output with a cap, and ends it. What this
+machine lets us have decides the level, which `python -m nanochat.sandbox --probe` prints:
 
     3   seccomp and Landlock (ABI 3 or later, Linux 6.2), with namespaces too where they are allowed
     2   seccomp and namespaces
@@ -81,10 +81,13 @@ _POLL_SECONDS = 0.05  # between counts of the files in a temporary folder
 
 
 class Child:
-    """A locked-down interpreter at work; leaving the `with` block ends it. It dies with this process.
+    """A locked-down interpreter at work; leaving the `with` block ends it, as does the end of this process.
 
     channel: a descriptor that the program finds as its number 3. quiet: what it prints is dropped.
     """
+
+    _process = _folder = None
+    _streams = ()
 
     def __init__(self, code: str, *, stdin: str = "", limits: Limits = Limits(), channel: int | None = None,
                  quiet: bool = False, means: "Means | None" = None):
@@ -94,14 +97,17 @@ class Child:
         options = {"namespaces": means.namespaces, "drop_uid": means.drop_uid, "landlock": means.landlock,
                    "seccomp": means.seccomp.hex(), "view": _view(), "scratch": self._folder or _SCRATCH,
                    "limits": dataclasses.asdict(limits)}
-        pipes = [] if quiet else [os.pipe(), os.pipe()]
-        sinks = [write for _, write in pipes] or [os.open(os.devnull, os.O_WRONLY) for _ in range(2)]
-        self._streams = [read for read, _ in pipes]
-        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        handed = [_sealed_memfd(code), _sealed_memfd(stdin), *sinks, status.detach()]
-        self._process = None
+        self._streams, handed = [], []
         try:
-            self._process = launch(options, handed if channel is None else [*handed, channel], self._status)
+            handed += [_sealed_memfd(code), _sealed_memfd(stdin)]
+            for _ in ("stdout", "stderr"):
+                if quiet:
+                    handed.append(os.open(os.devnull, os.O_WRONLY))
+                else:
+                    stream, sink = os.pipe()
+                    self._streams.append(stream)
+                    handed.append(sink)
+            self._status, self._process = launch(options, handed if channel is None else [*handed, channel])
         finally:
             for fd in handed:
                 os.close(fd)
@@ -112,6 +118,9 @@ class Child:
         return self
 
     def __exit__(self, *_):
+        self.end()
+
+    def __del__(self):
         self.end()
 
     def wait(self) -> Result:
@@ -157,12 +166,12 @@ class Child:
     def end(self) -> None:
         """Kill whatever is left of the program and remove its folder. May be called again."""
         if self._process is not None:
-            lockdown.signal_process(self._process, signal.SIGTERM)  # the supervisor kills its child and reaps it
+            self._status.shutdown(socket.SHUT_RDWR)  # the supervisor kills its child and reaps it
             if not _has_ended(self._process, seconds=2):
-                lockdown.signal_process(self._process, signal.SIGKILL)
+                lockdown.kill(self._process)
                 _has_ended(self._process)
+            self._status.close()
             self._streams.append(self._process)
-        self._status.close()
         while self._streams:
             os.close(self._streams.pop())
         if self._folder:

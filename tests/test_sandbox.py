@@ -7,8 +7,6 @@ import signal
 import struct
 import sys
 import tempfile
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,9 +46,20 @@ def ordinary(code, **kwargs):
      Result("__main__\nTrue\n", "", "exit", 0)),
     ("import sys; print(sys.stdout.encoding, sys.stdin.errors, sys.stdout.isatty(), sys.stdin.fileno())",
      Result("utf-8 surrogateescape False 0\n", "", "exit", 0)),
+    ("print('kept'); exit(4)", Result("kept\n", "", "exit", 4)),
 ])
 def test_a_program_runs_as_an_interpreter_would(code, result):
     assert ordinary(code, stdin="one\ntwo") == result
+
+
+def test_line_ends_arrive_and_leave_as_they_are():
+    assert ordinary("import sys; print(repr(sys.stdin.read()), end='\\r\\n')", stdin="a\r\nb\rc\n").stdout == \
+        "'a\\r\\nb\\rc\\n'\r\n"
+
+
+def test_a_program_cannot_see_where_we_are_installed():
+    code = "import sys; print(sys.modules, sys.path_importer_cache, sys.orig_argv, sys._getframe(1).f_code)"
+    assert os.fspath(ROOT) not in ordinary(code).stdout
 
 
 def test_modules_of_the_standard_library_import():
@@ -139,81 +148,6 @@ def test_threads_run_programs_side_by_side():
     with ThreadPoolExecutor(8) as pool:
         outputs = list(pool.map(lambda n: ordinary(f"print({n} ** 2)").stdout, range(16)))
     assert outputs == [f"{n * n}\n" for n in range(16)]
-
-
-def test_nothing_is_left_open_or_running():
-    def mine():
-        return (sorted(os.listdir("/proc/self/fd")), threading.active_count(), watch.processes_of(os.getpid()),
-                watch.launchers_of(os.getpid()))
-
-    ordinary("pass")
-    before = mine()
-    for code in ("pass", "while True: pass", "print('x' * 10**6)", "import os; os.close(1)"):
-        run(code, limits=Limits(seconds=0.3))
-    assert mine() == before and not before[2] and len(before[3]) == 1
-
-
-def test_the_launcher_keeps_nothing_of_the_programs_it_started():
-    ordinary("pass")
-    started, = watch.launchers_of(os.getpid())
-    for _ in range(5):
-        ordinary("import os; os.environ['A'] = 'b'; open('x', 'w').write('y')")
-    assert eventually(lambda: sorted(os.listdir(f"/proc/{started}/fd"), key=int) == ["0", "1", "2"])
-    assert ordinary("import os, sys; print('A' in os.environ, os.listdir(), sys.argv)").stdout == \
-        "False [] ['program']\n"
-
-
-def test_a_launcher_that_was_killed_is_replaced():
-    ordinary("pass")
-    killed, = watch.launchers_of(os.getpid())
-    os.kill(killed, signal.SIGKILL)
-    with ThreadPoolExecutor(4) as pool:
-        assert [r.stdout for r in pool.map(ordinary, ["print(1)"] * 8)] == ["1\n"] * 8
-    others = watch.launchers_of(os.getpid())
-    assert len(others) == 1 and others != [killed]
-
-
-def test_a_launcher_that_dies_at_work_ends_its_program():
-    with sandbox.Child("while True: pass", limits=LIMITS) as child:
-        assert eventually(lambda: len(watch.processes_of(os.getpid())) == 2)
-        os.kill(*watch.launchers_of(os.getpid()), signal.SIGKILL)
-        assert child.wait().ended == "killed"
-    assert eventually(lambda: not watch.processes_of(os.getpid()))
-
-
-def test_a_forked_process_has_a_launcher_of_its_own():
-    ordinary("pass")
-
-    def work():
-        return ordinary("print(1)").stdout, len(watch.launchers_of(os.getpid()))
-
-    assert watch.in_fork(work, as_nobody=False) == ["1\n", 1]
-    assert ordinary("print(2)").stdout == "2\n" and len(watch.launchers_of(os.getpid())) == 1
-
-
-@pytest.mark.parametrize("disabled", ["", "userns"])
-def test_a_child_dies_with_its_parent(disabled, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_SANDBOX_DISABLE", disabled)
-    means = sandbox.available()
-    parent = watch.fork()
-    if parent == 0:
-        sandbox.Child("while True: pass", limits=Limits(seconds=100), means=means)
-        time.sleep(100)
-        os._exit(1)
-    assert eventually(lambda: len(watch.processes_of(parent)) == 2)  # supervisor and child, beside the launcher
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    assert eventually(lambda: not watch.processes_of(parent))
-    for folder in watch.scratch_folders(parent):  # killed, it could not do this itself
-        folder.rmdir()
-
-
-def eventually(condition):
-    for _ in range(400):
-        if condition():
-            return True
-        time.sleep(0.025)
-    return False
 
 
 # --- levels -----------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ class Outside:
         self.folder.chmod(0o777)
         self.secret = secrets.token_hex(16)
         os.environ["HOSTILE_SECRET"] = self.secret
+        self.inheritable = os.memfd_create("secret", 0)  # what a library of ours may leave open
+        os.write(self.inheritable, self.secret.encode("ascii"))
         self.signals = []
         for number in SIGNALS:
             signal.signal(number, lambda got, _: self.signals.append(got))
@@ -81,6 +83,7 @@ class Outside:
         """What any of the programs did to us, after all of them have ended."""
         time.sleep(0.05)
         found = [f"signal {number}" for number in self.signals]
+        os.close(self.inheritable)
         for listener in (self.tcp, self.unix, self.abstract):
             try:
                 listener.accept()
