@@ -143,7 +143,7 @@ class Runtime:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the torch device for "auto", "cpu", "cuda" or "cuda:N"."""
+    """Return the torch device for "auto", "cpu", "cuda" or "cuda:N"; GPU N is this thread's current one then."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -154,6 +154,11 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name} needs a CUDA GPU that torch can see, found none")
+    if device.index is not None and device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name} must be one of the GPUs that torch can see, cuda:0 to "
+                            f"cuda:{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(device)  # Triton launches kernels on the current GPU, wherever their tensors lie
     return device
 
 

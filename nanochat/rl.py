@@ -127,9 +127,8 @@ class RolloutBatches:
         self._next += per_step
         prompts = [self.engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
         self._metrics = self._measure(rewards, answers, time.perf_counter() - started) | self._gap(prompts, answers)
-        end = self.engine.tokenizer.special_id("<|assistant_end|>")
         pairs = [(prompt, answer) for prompt, samples in zip(prompts, answers, strict=True) for answer in samples]
-        rows = [to_rollout(*pair, advantage, end) for pair, advantage in zip(pairs, advantages, strict=True)]
+        rows = [to_rollout(*pair, advantage) for pair, advantage in zip(pairs, advantages, strict=True)]
         return self._collate(self._with_gradient(rows))
 
     def metrics(self) -> dict:
@@ -210,12 +209,9 @@ def logprob_gap(model: GPT, prompt: list[int], answer: Completion, settings: Rol
     return gaps[torch.tensor(answer.mask, device=model.device) > 0]
 
 
-def to_rollout(prompt: list[int], answer: Completion, advantage: float, end_id: int) -> Rollout:
-    """Join prompt and answer. An answer that stopped gets its end token back: the model chose it, and must learn when.
-
-    The engine does not say which terminal token it was; a tuned model practically never stops by BOS.
-    """
-    stop = [end_id] if answer.finish_reason == "stop" else []
+def to_rollout(prompt: list[int], answer: Completion, advantage: float) -> Rollout:
+    """Join prompt and answer. An answer that a token ended gets it back: the model chose it, and must learn when."""
+    stop = [answer.stopped_by] if isinstance(answer.stopped_by, int) else []
     sampled = [False] * len(prompt) + [bool(m) for m in answer.mask] + [True] * len(stop)
     return Rollout([*prompt, *answer.ids, *stop], sampled, advantage)
 

@@ -6,6 +6,7 @@
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 
@@ -144,6 +145,8 @@ def answer_once(chat: Chat, prompt: str, show_tools: bool) -> None:
 
 def converse(chat: Chat, show_tools: bool) -> None:
     """Read prompts until /quit or end of input. Ctrl-C ends an answer; at the prompt it ends the program."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the chat
     while True:
         try:
             text = input("\nyou: ").strip()

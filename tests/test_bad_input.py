@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import KernelConfig, resolve
-from nanochat.common import UserError, base_dir, run_script
+from nanochat.common import UserError, base_dir, pick_device, run_script
 from nanochat.dataset import iter_texts, prepare
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.load import fill_model, load_model, read_stage
@@ -84,6 +84,19 @@ def test_training_refuses_unknown_kernels_and_batches_that_do_not_divide(trained
         "--sequence-len must be at most the model's context of 32 tokens, got 33")
     assert fails(base_train, [*trained, "--device", "cuda:x"], capsys) == (
         "--device must be auto, cpu, cuda or cuda:N, got 'cuda:x'")
+
+
+def test_a_numbered_gpu_becomes_the_current_one_and_must_be_there(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [str(pick_device(name)) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(UserError) as error:
+        pick_device("cuda:2")
+    assert str(error.value) == "--device cuda:2 must be one of the GPUs that torch can see, cuda:0 to cuda:1"
+    assert len(current) == 1
 
 
 @pytest.mark.parametrize("program, flag, value, rule", [

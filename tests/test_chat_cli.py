@@ -243,6 +243,12 @@ def test_end_of_input_leaves(scripted, capsys, monkeypatch):
     assert capsys.readouterr().out.endswith("you: \n")
 
 
+def test_a_line_that_is_not_utf8_does_not_end_the_chat(scripted, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/caf\xe9\n/quit\n"), encoding="utf-8"))
+    scripted()
+    assert "(unknown command /caf\ufffd; /clear starts over, /quit leaves)" in capsys.readouterr().out
+
+
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(tokenizer, capsys, monkeypatch):
     chat = chat_cli.Chat(Engine(answering(tokenizer, QUESTION), tokenizer), SamplingParams(temperature=0.0))
     step, lines = chat.engine.step, iter([QUESTION, "/quit"])

@@ -295,8 +295,9 @@ def test_an_exception_inside_a_step_returns_every_page(make, monkeypatch, where,
 
 def test_fewer_params_than_prompts_start_nothing(make):
     engine = make()
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError) as error:
         engine.generate([prompt_of(20), prompt_of(3)], [GREEDY])
+    assert str(error.value) == "params must be one for all prompts or one for each, got 1 for 2 prompts"
     assert_idle(engine)
 
 

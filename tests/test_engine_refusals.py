@@ -22,7 +22,8 @@ REFUSED = [
     ([-1], {}, "prompt tokens must be ids from 0 to 264, got -1 to -1"),
     (prompt_of(60), {}, "a request of 84 tokens needs 6 pages of 16 tokens, the pool has 4"),
     ([1, 2], {"stop_ids": (3, 265)}, "stop_ids must be ids from 0 to 264, got (3, 265)"),
-    (prompt_of(41), {"n": 2}, "a request of 65 tokens needs 5 pages of 16 tokens, the pool has 4"),
+    ([1.5, 2], {}, "prompt tokens must be whole numbers, got [1.5, 2]"),
+    ([1, "a"], {}, "prompt tokens must be whole numbers, got [1, 'a']"),
 ]
 
 
@@ -41,8 +42,18 @@ def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(make, prompt, 
 
 def test_the_largest_request_that_fits_is_served(make):
     engine = make(n_pages=4)
-    prompts, params = [prompt_of(41), prompt_of(40)], [GREEDY, dataclasses.replace(GREEDY, n=3, max_tokens=9)]
+    prompts, params = [prompt_of(41), prompt_of(40)], [dataclasses.replace(GREEDY, n=n) for n in (1, 3)]
     assert_recomputed(engine, engine.generate(prompts, params), prompts, params)
+    assert_recomputed(engine, engine.generate(prompts[:1], params[1]), prompts[:1], params[1])
+
+
+def test_a_tiny_top_p_leaves_the_likeliest(make):
+    """1e-50 is 0 in fp32, which kernels need not take: they get a number above 0."""
+    engine, seen = make(), []
+    draw = engine.runner._draw
+    engine.runner._draw = lambda logits, how: (seen.append(float(how[2].min())), draw(logits, how))[1]
+    (likeliest,), (drawn,) = engine.generate([[1, 2]] * 2, [GREEDY, SamplingParams(24, top_p=1e-50)])
+    assert drawn.ids == likeliest.ids and 0 < min(seen) < 1e-20
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
@@ -65,6 +76,13 @@ def test_strict_refuses_what_may_end_at_the_context(make):
     ("temperature", float("nan"), "temperature must be a finite number of at least 0, got nan"),
     ("temperature", float("inf"), "temperature must be a finite number of at least 0, got inf"),
     ("temperature", 1e-5, "temperature must be 0 or at least 0.0001, got 1e-05"),
+    ("temperature", "a", "temperature must be a number, got 'a'"),
+    ("temperature", 10**400, f"temperature must be at most 1e+30, got 1{'0' * 79}"),
+    ("top_p", None, "top_p must be a number, got None"),
+    ("top_k", 2**31, "top_k must be at most 2^31 - 1, or None for all, got 2147483648"),
+    ("stop_ids", ("a",), "stop_ids must be a tuple of whole numbers, got ('a',)"),
+    ("stop_ids", 5, "stop_ids must be a tuple of whole numbers, got 5"),
+    ("stop", 5, "stop must be a tuple of at most 4 strings, got 5"),
     ("max_tokens", float("nan"), "max_tokens must be a whole number, got nan"),
     ("max_tokens", None, "max_tokens must be a whole number, got None"),
     ("top_k", 2.5, "top_k must be a whole number, got 2.5"),

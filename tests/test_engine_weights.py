@@ -114,3 +114,17 @@ def test_the_pages_memory_can_be_given_back_and_taken_again(make):
     engine.restore_kv()
     assert ids_of(engine.generate(PROMPTS, SamplingParams(12, seed=3))) == ids_of(before)
     assert_idle(engine)
+
+
+def test_restoring_what_was_not_given_back_changes_nothing(make):
+    engine = make()
+    first = engine.generate(PROMPTS[:1], GREEDY)
+    engine.restore_kv()
+    assert ids_of(engine.generate(PROMPTS[:1], GREEDY)) == ids_of(first)
+    request = engine.submit(PROMPTS[0], GREEDY)
+    for _ in range(3):
+        engine.step()
+    engine.restore_kv()
+    while not request.done:
+        engine.step()
+    assert ids_of([request.completions()]) == ids_of(first)

@@ -3,6 +3,7 @@ unbiased, and a model learns from rewards but not from permuted ones.
 """
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -93,7 +94,9 @@ class ScriptedEngine:
 
 
 def said(ids, mask=None, reason="stop", text="") -> Completion:
-    return Completion(list(ids), list(mask or [1] * len(ids)), [0.0] * len(ids), reason, text, [])
+    """An answer that, where it stopped, did so by token 99."""
+    return Completion(list(ids), list(mask or [1] * len(ids)), [0.0] * len(ids), reason, text, [],
+                      stopped_by=99 if reason == "stop" else None)
 
 
 def settings(**changes) -> RolloutSettings:
@@ -110,9 +113,9 @@ def error_of(call, *args, **options) -> str:
 
 
 def test_prompt_and_forced_tokens_carry_no_loss_and_the_stop_token_does():
-    row = to_rollout([1, 2, 3], said([10, 11, 12, 13], mask=[1, 0, 0, 1]), 0.5, end_id=99)
+    row = to_rollout([1, 2, 3], said([10, 11, 12, 13], mask=[1, 0, 0, 1]), 0.5)
     assert row == Rollout([1, 2, 3, 10, 11, 12, 13, 99], [False] * 3 + [True, False, False, True, True], 0.5)
-    cut = to_rollout([1, 2, 3], said([10], reason="length"), -0.5, end_id=99)
+    cut = to_rollout([1, 2, 3], said([10], reason="length"), -0.5)
     assert cut == Rollout([1, 2, 3, 10], [False] * 3 + [True], -0.5)
     x, y, weight = collate([cut, row], context=64, pad_id=7)
     assert x.shape == y.shape == weight.shape == (2, 16)
@@ -123,8 +126,15 @@ def test_prompt_and_forced_tokens_carry_no_loss_and_the_stop_token_does():
     assert weight.dtype == torch.float32 and x.dtype == y.dtype == torch.int64
 
 
+def test_the_token_that_stopped_an_answer_is_learnt_and_no_other(tokenizer):
+    by_bos = dataclasses.replace(said([10]), stopped_by=tokenizer.bos_id)
+    assert to_rollout([1], by_bos, 1.0) == Rollout([1, 10, tokenizer.bos_id], [False, True, True], 1.0)
+    by_string = dataclasses.replace(said([10]), stopped_by="a stop string")
+    assert to_rollout([1], by_string, 1.0).ids == [1, 10]
+
+
 def test_a_row_that_fills_the_context_is_not_padded_beyond_it():
-    row = to_rollout(list(range(50)), said(range(14), reason="stop"), 1.0, end_id=99)
+    row = to_rollout(list(range(50)), said(range(14), reason="stop"), 1.0)
     x, y, _ = collate([row], context=64, pad_id=7)
     assert x.shape == (1, 64) and y[0, -1] == 99
     assert collate([row], context=100, pad_id=7)[0].shape == (1, 64)
@@ -184,7 +194,7 @@ def test_the_gradient_is_that_of_the_formula(tokenizer, tmp_path):
     for number in range(3):
         prompt = tokenizer.render_for_completion(task[number])
         for answer in answers.values():
-            end = [tokenizer.special_id("<|assistant_end|>")] if answer.finish_reason == "stop" else []
+            end = [99] if answer.finish_reason == "stop" else []
             rows.append((prompt, [*answer.ids, *end], [*answer.mask, *[1] * len(end)]))
             rewards.append(task.reward(task[number], answer))
     n_sampled = sum(sum(mask) for _, _, mask in rows)

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tiny_engine import (
     CONFIG,
     CPU,
     GREEDY,
+    ScriptedGPT,
     assert_idle,
     assert_recomputed,
     prompt_of,
@@ -83,21 +85,65 @@ def test_only_changed_table_rows_are_written(make, monkeypatch):
     assert copied == [5, 5]  # at the start, and when all reach their second page; 20 steps
 
 
+@pytest.mark.parametrize("options, dims", [(dict(), {2}), (dict(batch_invariant=True), {1, 2})])
+def test_copied_pages_and_tiles_are_sent_without_waiting(make, monkeypatch, options, dims):
+    engine, sent, placed = make(**options), set(), runner.placed
+    monkeypatch.setattr(runner, "placed", lambda host, device: (sent.add(host.dim()), placed(host, device))[1])
+    engine.generate(PROMPTS[:1], dataclasses.replace(GREEDY, n=3))
+    assert sent == dims
+
+
+def test_an_interrupt_while_tables_are_sent_leaves_no_old_page(make, monkeypatch):
+    engine, upload = make(), runner.upload
+    engine.generate(PROMPTS[4:5], GREEDY)
+    request = engine.submit(PROMPTS[2], GREEDY)
+
+    def interrupted(host, device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "upload", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.setattr(runner, "upload", upload)
+    engine.abort(request)
+    assert_recomputed(engine, engine.generate(PROMPTS[2:3], GREEDY), PROMPTS[2:3], GREEDY)
+
+
 # --- captured graphs ------------------------------------------------------------------------------
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation, as the capture of a stream does; what reads a number on the host is refused."""
+    """Notes every operation, as the capture of a stream does; what reads a number on the host is refused.
+
+    On a CPU some of it is no operation at all, so the tensor's methods are refused too, but inside interpreted kernels.
+    """
+
+    READS = ("tolist", "cpu", "numpy", "item", "__array__")
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.in_op = [], False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(op), "the host reads a number inside a captured step"
+        self.in_op = True
         out = op(*args, **(kwargs or {}))
+        self.in_op = False
         self.calls.append((op, args, kwargs or {}, out))
         return out
+
+    @contextlib.contextmanager
+    def capture(self):
+        with pytest.MonkeyPatch.context() as patch, self:
+            for name in self.READS:
+                patch.setattr(torch.Tensor, name, self._refusing(name, getattr(torch.Tensor, name)))
+            yield
+
+    def _refusing(self, name, read):
+        def refuse(*args, **kwargs):
+            assert self.in_op, f"the host reads a number inside a captured step: {name}"
+            return read(*args, **kwargs)
+        return refuse
 
 
 class RecordedGraph:
@@ -124,9 +170,10 @@ class RecordedGraph:
 @pytest.fixture
 def recorded(monkeypatch):
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # engines of other GPUs work in threads beside it
         graph.pool = pool
-        with graph.recorder:
+        with graph.recorder.capture():
             yield
 
     pools = iter("ABCDEF")
@@ -169,6 +216,40 @@ def test_graphs_are_captured_once_largest_first_in_one_pool_and_replayed(make, r
     assert [tensor.data_ptr() for tensor in held] == before and len(recorded) == 2
     assert sum(graph.replays for graph in recorded) > 2
     assert_idle(engine)
+
+
+@pytest.mark.parametrize("read", [
+    torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.sum, np.asarray])
+def test_the_recorder_refuses_what_a_capture_would(recorded, read):
+    x = torch.arange(3)
+    with pytest.raises(AssertionError, match="the host reads a number"), runner.torch.cuda.graph(
+            RecordedGraph(), pool="A", capture_error_mode="thread_local"):
+        int(getattr(x, read.__name__)()) if hasattr(x, read.__name__) else read(x)
+    assert x.tolist() == [0, 1, 2]
+
+
+@interpreted
+def test_a_model_that_reads_on_the_host_is_not_captured(make, recorded):
+    model = triton_model()
+    model.__class__ = ScriptedGPT
+    with pytest.raises(AssertionError, match="the host reads a number inside a captured step: tolist"):
+        make(model=model, max_batch=1, graphs=True)
+
+
+def test_pages_too_large_beside_the_graphs_are_a_sentence(make, recorded, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = make(max_batch=2, graphs=False)
+    engine.release_kv()
+    monkeypatch.setattr(runner.Runner, "_capture_all", full)
+    engine.runner.graphs = True
+    with pytest.raises(UserError, match="12 pages of 16 tokens for a batch of 2 must fit the memory of cpu"):
+        engine.restore_kv()
+    assert engine.cache is None
+    engine.runner.graphs = False
+    engine.restore_kv()
+    assert_recomputed(engine, engine.generate(PROMPTS[:1], GREEDY), PROMPTS[:1], GREEDY)
 
 
 @interpreted
@@ -227,22 +308,49 @@ def test_a_compiled_step_says_the_same(make, monkeypatch):
         assert said(engine.generate(PROMPTS[:3], params)) == said(expected)
 
 
+def test_every_engine_of_a_process_makes_room_for_its_compiled_shapes(make, monkeypatch):
+    """Dynamo counts the shapes of one function over all engines; with 8 for all of them the ninth is refused."""
+    monkeypatch.setattr(runner, "_reads_lengths", lambda kernels: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        for max_batch in (8, 3, 64):
+            make(max_batch=max_batch, compiled=True)
+        grown = sum(len(buckets(n)) for n in (8, 3, 64))
+        assert [getattr(torch._dynamo.config, name) for name in limits] == [8 + grown, 256 + grown]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("options", [dict(), dict(overlap=True), dict(compiled=True), dict(batch_invariant=True)])
 def test_graphs_on_a_gpu_say_what_eager_says(tokenizer, options):
+    """The same steps in the same shapes, so equal tokens; and the likeliest ones of the dense forward, but for ties."""
     device = torch.device("cuda")
     model = random_model(n_embd=256)
+    model.__class__ = GPT  # a script is looked up on the host
     kernels = resolve(KernelConfig.parse("auto"), device, torch.float32, model.config.shapes())
     model = model.to(device)
     for module in model.modules():
         if hasattr(module, "kernels"):
             module.kernels = kernels
     plain, captured = (Engine(model, tokenizer, max_batch=6, graphs=graphs, **own)
-                       for graphs, own in ((False, {}), (True, options)))
-    assert captured.runner._captured
+                       for graphs, own in ((False, options), (True, options)))
+    plain.runner.padded = True
+    assert captured.runner._captured and not plain.runner._captured
     assert said(captured.generate(PROMPTS, PARAMS)) == said(plain.generate(PROMPTS, PARAMS))
+    for prompt, (answer,) in zip(PROMPTS, captured.generate(PROMPTS, dataclasses.replace(GREEDY, max_tokens=12)),
+                                 strict=True):
+        assert_nearly_likeliest(model, prompt, answer)
     assert_idle(captured)
+
+
+def assert_nearly_likeliest(model, prompt, answer, tolerance=0.05):
+    """Every token drawn has a logit of the dense forward within `tolerance` of the largest."""
+    ids = torch.tensor([*prompt, *answer.ids], device=model.device)
+    with torch.inference_mode():
+        logits = model(ids[None, :-1])[0, len(prompt) - 1:].float()
+    short = logits.amax(dim=-1) - logits.gather(1, ids[len(prompt):, None])[:, 0]
+    assert not short[torch.tensor(answer.mask, device=model.device) > 0].gt(tolerance).any()
 
 
 # --- overlap --------------------------------------------------------------------------------------

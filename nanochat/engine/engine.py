@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nanochat.common import UserError
 from nanochat.engine.pages import PagePool
-from nanochat.engine.request import Completion, Request, Row, SamplingParams, row_seed
+from nanochat.engine.request import Completion, Request, Row, SamplingParams, are_whole, row_seed
 from nanochat.engine.runner import Flight, Runner
 from nanochat.engine.scheduler import Plan, Scheduler
 from nanochat.engine.tools import Toolbox, Transcript
@@ -88,8 +88,11 @@ class Engine:
         UserError is raised when not one prompt can be served.
         """
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if len(params) != len(prompts):
+            raise UserError(f"params must be one for all prompts or one for each, got {len(params)} "
+                            f"for {len(prompts)} prompts")
         jobs, errors = [], []
-        for prompt, wanted in list(zip(prompts, params, strict=True)):  # unequal lengths are found before we start
+        for prompt, wanted in zip(prompts, params, strict=True):
             try:
                 jobs.append(self.submit(prompt, wanted))
             except UserError as error:
@@ -136,7 +139,6 @@ class Engine:
         now = time.monotonic()
         request = Request(list(prompt), params, min(len(prompt) + params.max_tokens, self.context), now, now + timeout)
         need = self._worst_case(request)
-        need += params.n > 1 and len(prompt) % self.pool.page_size > 0  # a second sample copies the last prompt page
         if need > self.pool.total:
             raise UserError(f"a request of {request.limit} tokens needs {need} pages of {self.pool.page_size} tokens, "
                             f"the pool has {self.pool.total}")
@@ -187,7 +189,7 @@ class Engine:
         self.runner.release_kv()
 
     def restore_kv(self) -> None:
-        """Take memory for all pages. Raises UserError when there is too little."""
+        """Take memory for all pages, unless they have it. Raises UserError when there is too little."""
         self.runner.restore_kv()
 
     def step(self) -> None:
@@ -316,6 +318,8 @@ class Engine:
             raise UserError("a prompt must have at least 1 token, got 0")
         if len(prompt) > self.context:
             raise UserError(f"a prompt must fit the context of {self.context} tokens, got {len(prompt)}")
+        if not are_whole(prompt):
+            raise UserError(f"prompt tokens must be whole numbers, got {prompt!r:.80}")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise UserError(f"prompt tokens must be ids from 0 to {vocab - 1}, got {min(prompt)} to {max(prompt)}")
         if any(not 0 <= token < vocab for token in params.stop_ids):

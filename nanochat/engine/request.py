@@ -3,14 +3,18 @@
 import hashlib
 import math
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from nanochat.common import UserError
 from nanochat.engine.tools import Transcript
 
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-4  # nearer to 0 the scaled logits leave fp32's range; draws are as good as greedy before
+MAX_TEMPERATURE = 1e30  # fp32 ends soon after; draws are as good as uniform before
+MAX_TOP_K = 2**31 - 1
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
@@ -45,14 +49,21 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name not in ("top_k", "logprobs")):
                 raise UserError(f"{name} must be a whole number, got {value!r}")
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name} must be a number, got {getattr(self, name)!r:.80}")
         if self.max_tokens < 0:
             raise UserError(f"max_tokens must be at least 0, got {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature must be a finite number of at least 0, got {self.temperature}")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise UserError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {self.temperature}")
+        if self.temperature > MAX_TEMPERATURE:
+            raise UserError(f"temperature must be at most {MAX_TEMPERATURE}, got {self.temperature!r:.80}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, or None for all, got {self.top_k}")
+        if self.top_k is not None and self.top_k > MAX_TOP_K:
+            raise UserError(f"top_k must be at most 2^31 - 1, or None for all, got {self.top_k!r:.80}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p < 1:
@@ -63,7 +74,9 @@ class SamplingParams:
             raise UserError(f"n must be at least 1, got {self.n}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UserError(f"logprobs must be from 0 to {MAX_LOGPROBS}, or None, got {self.logprobs}")
-        if isinstance(self.stop, str) or len(self.stop) > MAX_STOPS:
+        if not isinstance(self.stop_ids, tuple | list) or not are_whole(self.stop_ids):
+            raise UserError(f"stop_ids must be a tuple of whole numbers, got {self.stop_ids!r:.80}")
+        if not isinstance(self.stop, tuple | list) or len(self.stop) > MAX_STOPS:
             raise UserError(f"stop must be a tuple of at most {MAX_STOPS} strings, got {self.stop!r:.80}")
         for stop in self.stop:
             if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
@@ -228,6 +241,11 @@ class Request:
         for row in self.rows:
             row.taken = len(row.transcript.events)
         return new
+
+
+def are_whole(ids: Iterable) -> bool:
+    """Return whether all ids are integers, of Python or of numpy."""
+    return all(issubclass(kind, Integral) for kind in set(map(type, ids)))
 
 
 def row_seed(seed: int, sample: int) -> int:

@@ -3,7 +3,7 @@
 Steps in which every row computes one token and draws the next - decoding - run in buckets: 1, 2, 4, 8, 16, 24, ...
 sequences, filled up with padding (slot -1, context 0). A bucket's tensors have fixed addresses, so on a GPU its whole
 step is one CUDA graph: embedding to logits, softcap and sampling. Other steps run eagerly through the same function.
-Nothing waits for the device but `Flight.collect`, once per step.
+Nothing waits for the device but `Flight.collect`, once per step, and `n_best`, twice, where logprobs above 0 are asked.
 
 batch_invariant computes every token as a sequence of its own, in forwards of 64 tokens always: each matrix product has
 the same shape, attention sees one query at a time and cuts its keys by that query's position alone. A row's logits
@@ -21,7 +21,7 @@ from kernels.device import sm
 from kernels.sample import kept_logits
 from nanochat.common import UserError
 from nanochat.engine.request import Row
-from nanochat.engine.staging import Span, Step, upload
+from nanochat.engine.staging import Span, Step, placed, upload
 from nanochat.gpt import GPT, PagedBatch, PagedCache
 
 # N new tokens of S sequences, R draws, V vocab
@@ -175,12 +175,14 @@ class Runner:
         changed = []
         for i, (row, _, _) in enumerate(spans):
             if self._held[i] != row.pages:
+                self._held[i] = []  # until the device knows: an interrupt on the way must not leave old pages there
                 self._host_tables[i, :len(row.pages)] = row.pages
-                self._held[i] = list(row.pages)
                 changed.append(i)
         if changed:
             rows = slice(changed[0], changed[-1] + 1)
             upload(torch.from_numpy(self._host_tables[rows]), self._tables[rows])
+        for i in changed:
+            self._held[i] = list(spans[i][0].pages)
         unknown = {} if self._previous is None else {row: i for i, row in enumerate(self._previous.drawing)}
         step.fill(spans, self._host_tables, self.page_size, unknown)
 
@@ -192,7 +194,7 @@ class Runner:
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
-            source, destination = torch.tensor(copies, device=self.model.device).unbind(dim=1)
+            source, destination = placed(torch.tensor(copies), self.model.device).unbind(dim=1)
             for layer in self.cache.layers:
                 for pages in layer:
                     if pages is not None:
@@ -216,7 +218,7 @@ class Runner:
             step.host["out_rows"][:] = np.arange(INVARIANT_TOKENS)
             self._send(step)
             wanted = last[(last >= start) & (last < start + INVARIANT_TOKENS)] - start
-            logits.append(self._run(step)[1][torch.from_numpy(wanted).to(self.model.device)])
+            logits.append(self._run(step)[1][placed(torch.from_numpy(wanted), self.model.device)])
         draws = Step(self._tables, 0, 0, len(drawing))
         draws.fill_draws(drawing, last)
         draws.send()
@@ -240,7 +242,8 @@ class Runner:
             self._decode(step.batch, step.draw)  # kernels are compiled, libraries set themselves up
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # another engine's thread may take memory meanwhile; in the default mode that ends the capture
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 results = self._decode(step.batch, step.draw)
             self._captured[size] = (graph.replay, results)
 
@@ -252,16 +255,19 @@ class Runner:
         self._captured.clear()
 
     def restore_kv(self) -> None:
-        """Take memory for all pages and capture the graphs. Raises UserError when there is too little."""
+        """Take memory for all pages and capture the graphs, unless they are there. Raises UserError without room."""
+        if self.cache is not None:
+            return  # new pages would be empty, while the pool knows what is in the old ones
         model = self.model
         try:
             self.cache = PagedCache.allocate(model.config, self.n_pages, self.page_size, model.dtype, model.device,
                                              self.kv_dtype == "fp8")
+            if self.graphs:
+                self._capture_all()
         except torch.OutOfMemoryError as error:
+            self.release_kv()
             raise UserError(f"{self.n_pages} pages of {self.page_size} tokens for a batch of {self.max_batch} must fit "
                             f"the memory of {model.device}, they do not: take a smaller batch") from error
-        if self.graphs:
-            self._capture_all()
 
 
 def n_best(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
@@ -273,6 +279,10 @@ def n_best(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
 
 
 def _compile(function: Callable, n_shapes: int) -> Callable:
-    """Compile for fixed shapes, `n_shapes` of them: torch stops at 8 otherwise and runs the rest as it is."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, n_shapes + 1)
+    """Compile for fixed shapes, `n_shapes` of them.
+
+    torch refuses more than 8 of one function, and counts those of all engines of the process: each makes its own room.
+    """
+    torch._dynamo.config.recompile_limit += n_shapes
+    torch._dynamo.config.accumulated_recompile_limit += n_shapes
     return torch.compile(function, dynamic=False, fullgraph=True)

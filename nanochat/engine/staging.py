@@ -13,6 +13,7 @@ from nanochat.gpt import PagedBatch
 # N new tokens of S sequences, R draws
 
 ALIGN = 128  # bytes; what the compiled forward may assume of its inputs
+MIN_TOP_P = 1e-30  # keeps the likeliest alone as any smaller one does, which fp32 might round to 0: that is no top_p
 BATCH_FIELDS = {"tokens": np.int64, "positions": np.int64, "slots": np.int64, "cu_seqlens_q": np.int32,
                 "context_lens": np.int32, "out_rows": np.int64}
 DRAW_FIELDS = {"temperature": np.float32, "top_k": np.int64, "top_p": np.float32, "min_p": np.float32,
@@ -82,7 +83,7 @@ class Step:
             return
         params = [row.request.params for row in drawing]
         values = {"temperature": [p.temperature for p in params], "top_k": [p.top_k or 0 for p in params],
-                  "top_p": [p.top_p for p in params], "min_p": [p.min_p for p in params],
+                  "top_p": [max(p.top_p, MIN_TOP_P) for p in params], "min_p": [p.min_p for p in params],
                   "seed": [row.seed for row in drawing]}
         for name, own in values.items():
             host[name][:R], host[name][R:] = own, name == "top_p"  # padding draws greedily, from everything
@@ -98,3 +99,12 @@ def upload(host: torch.Tensor, device: torch.Tensor) -> None:
         host = torch.empty_like(host, pin_memory=True).copy_(host)
     if device is not host:
         device.copy_(host, non_blocking=True)
+
+
+def placed(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the tensor on the device, its own on a CPU, without waiting for it."""
+    if device.type == "cpu":
+        return host
+    there = torch.empty_like(host, device=device)
+    upload(host, there)
+    return there
