@@ -94,19 +94,17 @@ def test_copied_pages_and_tiles_are_sent_without_waiting(make, monkeypatch, opti
 
 
 def test_an_interrupt_while_tables_are_sent_leaves_no_old_page(make, monkeypatch):
-    engine, upload = make(), runner.upload
-    engine.generate(PROMPTS[4:5], GREEDY)
-    request = engine.submit(PROMPTS[2], GREEDY)
+    """The next row gets the same pages, so its row of the tables must not seem to be there."""
+    engine, prompt = make(), prompt_of(37, 3)
+    engine.generate([prompt_of(60, 9)], GREEDY)
 
     def interrupted(host, device):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "upload", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        engine.step()
-    monkeypatch.setattr(runner, "upload", upload)
-    engine.abort(request)
-    assert_recomputed(engine, engine.generate(PROMPTS[2:3], GREEDY), PROMPTS[2:3], GREEDY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "upload", interrupted)
+        engine.generate([prompt], GREEDY)
+    assert_recomputed(engine, engine.generate([prompt], GREEDY), [prompt], GREEDY)
 
 
 # --- captured graphs ------------------------------------------------------------------------------
