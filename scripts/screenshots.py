@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, run_script
 
-QUESTIONS = ["Who are you?", "What is 37 + 85?"]
+QUESTIONS = ["Who are you?", "What is 37 plus 85?"]
 LARGE = {"viewport": {"width": 1000, "height": 560}}
 PICTURES = {
     "light": LARGE,
