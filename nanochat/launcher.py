@@ -1,7 +1,8 @@
 """Keeps the process that forks the sandbox's children: nanochat/lockdown.py in an interpreter of its own.
 
-Starting an interpreter takes 12 ms, a fork of one that waits takes 2. One launcher per process of ours starts with the
-first program and ends when its socket closes, which the kernel does whichever way we end.
+An interpreter started for each program cost more than all its isolation (bench/bench_sandbox.py); a fork of one that
+waits costs little. One launcher per process of ours starts with the first program and ends when its socket closes,
+which the kernel does whichever way we end.
 """
 
 import errno

@@ -12,7 +12,7 @@ when our side lets go of it, whichever way, the supervisor ends its child. What 
     seccomp       allow-list of system calls, built by the parent
 
 Whatever was asked for and cannot be had ends the child before the text is looked at. The launcher holds nothing of ours
-but what it imports, so a fork of it is as good as a new interpreter, and 12 ms cheaper. Programs of one launcher share
+but what it imports, so a fork of it is as good as a new interpreter, and cheaper. Programs of one launcher share
 its memory layout and its seed of string hashes.
 """
 
@@ -28,7 +28,7 @@ import os
 import resource
 import select
 import sys
-import typing  # noqa: F401 - like json it costs 5 to 9 ms, and most programs want it
+import typing  # noqa: F401 - like json it costs milliseconds, and most programs want it
 
 NOBODY = 65534
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on x86_64 and aarch64, like these
@@ -147,12 +147,6 @@ def _supervise(child: int, status: int, namespaces: str) -> None:
     os._exit(0)
 
 
-def _has_ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 def _kill_descendants() -> None:
     """Kill and reap until none is left; as subreaper this process inherits every orphan among them."""
     while True:
@@ -221,7 +215,7 @@ def _lock(options: dict, channel: int | None, status: int, supervisor: int) -> N
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", _PR_SET_DUMPABLE, 0)
     _call("prctl", _PR_SET_PDEATHSIG, _signal.SIGKILL)  # setresuid cleared it
-    if _has_ended(supervisor):  # before the line above
+    if has_ended(supervisor, 0):  # before the line above
         os._exit(1)
     if options["landlock"]:
         _restrict_files(options["landlock"], view, scratch)
@@ -307,6 +301,13 @@ class _FilterProgram(ctypes.Structure):
 def _filter_syscalls(bpf: bytes) -> None:
     program = _FilterProgram(len(bpf) // 8, bpf)
     _call("prctl", _PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
+
+
+def has_ended(pidfd: int, seconds: float | None = None) -> bool:
+    """Wait for the end of the process of a pidfd, at most so long, and return whether it came."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1e3 * seconds))
 
 
 def kill(pidfd: int) -> None:

@@ -23,7 +23,6 @@ import functools
 import json
 import os
 import platform
-import select
 import selectors
 import signal
 import socket
@@ -167,9 +166,9 @@ class Child:
         """Kill whatever is left of the program and remove its folder. May be called again."""
         if self._process is not None:
             self._status.shutdown(socket.SHUT_RDWR)  # the supervisor kills its child and reaps it
-            if not _has_ended(self._process, seconds=2):
+            if not lockdown.has_ended(self._process, seconds=2):
                 lockdown.kill(self._process)
-                _has_ended(self._process)
+                lockdown.has_ended(self._process)
             self._status.close()
             self._streams.append(self._process)
         while self._streams:
@@ -177,13 +176,6 @@ class Child:
         if self._folder:
             _remove(self._folder)
         self._process = self._folder = None
-
-
-def _has_ended(pidfd: int, seconds: float | None = None) -> bool:
-    """Wait for the end of the process of a pidfd."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else 1e3 * seconds))
 
 
 def _result(stdout: str, stderr: str, ended: str, report: str, limits: Limits) -> Result:

@@ -362,7 +362,7 @@ def slurm_job(tmp_path):
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").split("\nUnder Slurm")[1].split("\n\n")[1]
     file = tmp_path / "job.sh"
     file.write_text("".join(f"{line.removeprefix('    ')}\n" for line in text.splitlines()), encoding="utf-8")
-    fakes = {"srun": 'echo "srun $*" >>log\n[ -n "$DONE" ] && exit\ntrap "echo saved >>log; exit 1" TERM\n'
+    fakes = {"srun": 'trap "echo saved >>log; exit 1" TERM\necho "srun $*" >>log\n[ -n "$DONE" ] && exit\n'
                      "sleep 60 & wait",
              "scontrol": 'echo "scontrol $*" >>log'}
     for name, body in fakes.items():
@@ -382,7 +382,7 @@ def test_the_slurm_job_saves_before_its_time_is_over_and_queues_again(slurm_job)
     job = start()
     while "srun" not in (log.read_text() if log.exists() else ""):
         time.sleep(0.05)
-    time.sleep(0.2)  # until srun's fake has its trap
+    time.sleep(0.2)  # until the job has its trap, which it sets after starting srun
     job.terminate()
     assert job.wait(30) != 0
     os.killpg(job.pid, signal.SIGKILL)  # the fake's sleep
